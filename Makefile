@@ -1,0 +1,43 @@
+# make demo    train a small Llama over two sequence-parallel ranks beside its unsharded self, and compare the losses
+# make test    every test;  PYTEST="-m 'not slow'" leaves the slow ones out
+# make lint    ruff and mypy
+# make examples    the demo and the other examples
+#
+# Each sets up .venv on first use, and again when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+RANKS ?= 2
+ARGS ?=
+PYTEST ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
+
+.PHONY: demo test lint examples clean
+
+demo: $(INSTALLED)
+	$(TORCHRUN) examples/train_long_context.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+examples: $(INSTALLED) demo
+	$(TORCHRUN) examples/quickstart.py
+	$(TORCHRUN) examples/compile_model.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,107 @@
+"""Unfold the sub-graphs that export wraps around `no_grad` and `autocast` blocks, so that one flat graph is left.
+
+    wrap_with_set_grad_enabled(False, submod, x)   ->   y = mul(x, 2);  y' = detach(y)
+    wrap_with_autocast("cpu", None, False, ...)    ->   y = mul(x, 2)
+
+Under `no_grad` values flow on without a gradient, which `detach` keeps. An autocast block that switches autocast *on*
+has no equivalent in a flat graph and is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from surgery.errors import CaptureError
+from surgery.metadata import Context, where
+from surgery.pipeline import PassResult
+
+SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+
+@dataclass(frozen=True)
+class InlineRegions:
+    name: ClassVar[str] = "inline-regions"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset({"flat"})
+
+    def run(self, graph: fx.Graph, context: Context) -> PassResult:
+        changed = 0
+        while regions := find_regions(graph):
+            for node in regions:
+                inline(graph, node)
+            changed += len(regions)
+        graph.owning_module = None  # a flat graph reads its attributes from the live model
+        return PassResult(changed)
+
+
+def find_regions(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of wrapped sub-graphs."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in (SET_GRAD, AUTOCAST)]
+
+
+def inline(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace a wrapped sub-graph by its nodes."""
+    if node.target is AUTOCAST and node.args[2]:
+        raise CaptureError(
+            f"{where(node)}: the model switches autocast on inside its forward, which one flat graph cannot keep. "
+            "Cast the model instead (model.to(torch.bfloat16)), or remove the autocast block."
+        )
+    position = 1 if node.target is SET_GRAD else 4
+    submodule, *operands = node.args[position:]
+    assert isinstance(submodule, fx.Node) and graph.owning_module is not None
+    wrapped = graph.owning_module.get_submodule(str(submodule.target))
+    assert isinstance(wrapped, fx.GraphModule)
+    with graph.inserting_before(node):
+        results = _copy(graph, wrapped.graph, operands)
+        if node.target is SET_GRAD and not node.args[0]:
+            results = [_detached(graph, result) for result in results]
+    _rewire(graph, node, results)
+    if not submodule.users:
+        graph.erase_node(submodule)
+
+
+def _copy(graph: fx.Graph, body: fx.Graph, operands: list[Any]) -> list[Any]:
+    values: dict[fx.Node, Any] = dict(zip(body.find_nodes(op="placeholder"), operands, strict=True))
+    for inner in body.nodes:
+        if inner.op == "output":
+            outputs = inner.args[0]
+            return [values[out] if isinstance(out, fx.Node) else out for out in outputs]
+        if inner.op == "get_attr":
+            values[inner] = _hoisted(graph, body, inner)
+        elif inner.op != "placeholder":
+            values[inner] = graph.node_copy(inner, lambda source: values[source])
+    raise AssertionError("a graph without output")
+
+
+def _hoisted(graph: fx.Graph, body: fx.Graph, inner: fx.Node) -> fx.Node:
+    """Bring a nested sub-graph up one level, under a name that is still free there."""
+    root, owner = graph.owning_module, body.owning_module
+    assert isinstance(root, torch.nn.Module) and isinstance(owner, torch.nn.Module)
+    name = f"inlined_{len(list(root.children()))}"
+    root.add_module(name, owner.get_submodule(str(inner.target)))
+    node = graph.create_node("get_attr", name)
+    node.meta = dict(inner.meta)
+    return node
+
+
+def _detached(graph: fx.Graph, result: Any) -> Any:
+    value = result.meta.get("val") if isinstance(result, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return result
+    node = graph.call_function(torch.ops.aten.detach.default, (result,))
+    node.meta = dict(result.meta)
+    return node
+
+
+def _rewire(graph: fx.Graph, node: fx.Node, results: list[Any]) -> None:
+    for user in list(node.users):
+        index = user.args[1]
+        assert isinstance(index, int)
+        user.replace_all_uses_with(results[index])
+        graph.erase_node(user)
+    graph.erase_node(node)

@@ -1,0 +1,142 @@
+"""Make the placements true: convert operands where they differ from what a step needs, and allocate local sizes.
+
+    replicated -> sharded     shard(x, dim)          a slice; backward: zeros around it
+    sharded -> replicated     gather(x, dim)         an all-gather; backward: a reduce-scatter
+    partial -> anything       all_reduce(x)          backward: an all-reduce
+    view(x, [B, S, N, H])     view(x, [B, S//P, N, H])
+
+Each value is converted once per placement, right where it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from surgery import collectives
+from surgery.metadata import KEY, Context, NodeFacts, facts_of
+from surgery.pipeline import PassResult
+from surgery.placement import REPLICATED, Partial, Placement, Replicated, Sharded
+from surgery.rules.call import Step, bind_arguments, tensor_nodes
+from surgery.shapes import quotient, to_expr
+from surgery.sizes import Size, floor_divide, size_node
+
+
+@dataclass(frozen=True)
+class InsertConversions:
+    name: ClassVar[str] = "insert-conversions"
+    requires: ClassVar[frozenset[str]] = frozenset({"placements"})
+    provides: ClassVar[frozenset[str]] = frozenset({"converted"})
+
+    def run(self, graph: fx.Graph, context: Context) -> PassResult:
+        editor = _Editor(graph, context)
+        nodes = [node for node in graph.nodes if facts_of(node).step is not None]
+        for node in nodes:
+            editor.apply(node)
+        editor.finish_outputs()
+        return PassResult(len(editor.converted) + editor.num_local_sizes)
+
+
+@dataclass
+class _Editor:
+    """The edits of one run: `converted` remembers each conversion by value and placement."""
+
+    graph: fx.Graph
+    context: Context
+    converted: dict[tuple[fx.Node, Placement], fx.Node] = field(default_factory=dict)
+    num_local_sizes: int = 0
+
+    def apply(self, node: fx.Node) -> None:
+        step = facts_of(node).step
+        assert step is not None
+        self._localize_sizes(node, step)
+        for source, placement in zip(tensor_nodes(node), step.operands, strict=True):
+            node.replace_input_with(source, self._convert(source, placement))
+        if step.replacement is not None:
+            self._replace(node, step)
+
+    def finish_outputs(self) -> None:
+        """Outputs leave whole, or as shards along one whole dimension."""
+        output = next(iter(reversed(self.graph.nodes)))
+        for source in output.all_input_nodes:
+            placement = facts_of(source).placement
+            is_leaving = isinstance(placement, Replicated) or (
+                isinstance(placement, Sharded) and placement.is_whole_dim
+            )
+            if not is_leaving:
+                output.replace_input_with(source, self._convert(source, REPLICATED))
+
+    def _convert(self, source: fx.Node, placement: Placement) -> fx.Node:
+        if facts_of(source).placement == placement:
+            return source
+        key = (source, placement)
+        if key not in self.converted:
+            with self.graph.inserting_before(self._anchor(source).next):
+                self.converted[key] = self._conversion(source, placement)
+        return self.converted[key]
+
+    def _anchor(self, source: fx.Node) -> fx.Node:
+        """The node behind which a conversion of `source` stands: `source`, or the last of the sizes for an input."""
+        return max((source, *self.context.sizes.values())) if source.op == "placeholder" else source
+
+    def _conversion(self, source: fx.Node, placement: Placement) -> fx.Node:
+        current = facts_of(source).placement
+        if isinstance(current, Partial):
+            source, current = self._emit(collectives.all_reduce, source, (), REPLICATED), REPLICATED
+        elif isinstance(current, Sharded):
+            source = self._emit(collectives.gather, source, self._around(current), REPLICATED)
+        if isinstance(placement, Sharded):
+            source = self._emit(collectives.shard, source, self._around(placement), placement)
+        return source
+
+    def _around(self, placement: Sharded) -> tuple[Size, ...]:
+        sizes = self.context.sizes
+        outer, inner = (size_node(self.graph, expr, sizes) for expr in (placement.outer, placement.inner))
+        return placement.dim, outer, inner
+
+    def _emit(self, function: Callable[..., Any], source: fx.Node, args: tuple[Any, ...], to: Placement) -> fx.Node:
+        node = self.graph.call_function(function, (source, *args), {"axis": self.context.axis})
+        node.meta = {key: source.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in source.meta}
+        node.meta[KEY] = NodeFacts((to,), "conversion")
+        return node
+
+    def _localize_sizes(self, node: fx.Node, step: Step) -> None:
+        if facts_of(node).family == "region":
+            node.args = fx.map_arg(node.args, lambda arg: self._local(arg, node))
+        if step.sizes is None:
+            return
+        result = step.results[0]
+        assert isinstance(result, Sharded)
+        sizes = list(bind_arguments(node)[step.sizes])
+        position = result.dim - step.first_size_dim
+        if 0 <= position < len(sizes) and sizes[position] != -1:
+            sizes[position] = self._local(sizes[position], node)
+            _set_argument(node, step.sizes, sizes)
+
+    def _local(self, size: Any, node: fx.Node) -> Any:
+        """`size` divided by P where it counts the tokens of the whole sequence."""
+        if not isinstance(size, fx.Node) or not isinstance(size.meta.get("val"), torch.SymInt):
+            return size
+        if quotient(to_expr(size.meta["val"]), self.context.length) is None:
+            return size
+        self.num_local_sizes += 1
+        with self.graph.inserting_before(node):
+            return floor_divide(self.graph, size, self.context.axis.size)
+
+    def _replace(self, node: fx.Node, step: Step) -> None:
+        node.kwargs = {**bind_arguments(node), **dict(step.whole), "axis": self.context.axis}
+        node.args = ()
+        node.target = step.replacement  # type: ignore[assignment]
+
+
+def _set_argument(node: fx.Node, name: str, value: Any) -> None:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)

@@ -1,0 +1,112 @@
+"""Find the attention calls and what each may see; decide, before anything is changed, whether their heads divide.
+
+surgery::attention(q, k, v, mask)               -> a site, its mask read from surgery::attention_mask
+aten::scaled_dot_product_attention(q, k, v)     -> surgery::attention(q, k, v), for models that call it themselves
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from surgery.errors import ConfigurationError, UnsupportedOperationError
+from surgery.metadata import Context, Mask, Site, module_path, source_line, where
+from surgery.pipeline import PassResult
+from surgery.rules.call import bind_arguments
+
+ATTENTION = torch.ops.surgery.attention.default
+MASK = torch.ops.surgery.attention_mask.default
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class LocateAttention:
+    name: ClassVar[str] = "locate-attention"
+    requires: ClassVar[frozenset[str]] = frozenset({"flat"})
+    provides: ClassVar[frozenset[str]] = frozenset({"sites"})
+
+    def run(self, graph: fx.Graph, context: Context) -> PassResult:
+        direct = list(graph.find_nodes(op="call_function", target=SDPA))
+        for node in direct:
+            adopt(graph, node)
+        context.sites = find_sites(graph)
+        for site in context.sites:
+            check_heads(site, context.axis.size)
+        return PassResult(len(direct))
+
+
+def adopt(graph: fx.Graph, node: fx.Node) -> None:
+    """Turn a model's own `scaled_dot_product_attention` into an attention call like any other."""
+    given = bind_arguments(node)
+    if any(len(given[name].meta["val"].shape) != 4 for name in ("query", "key", "value")):
+        raise UnsupportedOperationError(
+            f"{where(node)}: expected [B, N, S, H] query, key and value. Reshape to 4 dims."
+        )
+    arguments = (given["query"], given["key"], given["value"], given["attn_mask"])
+    with graph.inserting_before(node):
+        call = graph.call_function(ATTENTION, (*arguments, given["dropout_p"], given["scale"], given["is_causal"]))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def find_sites(graph: fx.Graph) -> list[Site]:
+    """The attention calls of the graph, in order."""
+    return [_site(node) for node in graph.find_nodes(op="call_function", target=ATTENTION)]
+
+
+def _site(node: fx.Node) -> Site:
+    given = bind_arguments(node)
+    query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
+    return Site(
+        node=node,
+        module_path=module_path(node),
+        source_line=source_line(node),
+        num_heads=int(query.shape[1]),
+        num_kv_heads=int(key.shape[1]),
+        head_size=int(query.shape[3]),
+        value_head_size=int(value.shape[3]),
+        element_size_bytes=query.element_size(),
+        mask=read_mask(given["mask"], is_causal=given["is_causal"]),
+        implementation="sdpa" if given["softcap"] is None and given["sinks"] is None else "eager",
+    )
+
+
+def read_mask(mask: fx.Node | None, *, is_causal: bool) -> Mask | None:
+    """The description of an attention call's mask, or None where the model built the tensor itself."""
+    if mask is None:
+        return Mask(is_causal)
+    if mask.target is not MASK:
+        return None
+    given = bind_arguments(mask)
+    padding, documents = (given[name].name if given[name] is not None else None for name in ("padding", "documents"))
+    return Mask(given["is_causal"], given["window"], padding, documents)
+
+
+def check_heads(site: Site, sp_size: int) -> None:
+    """Refuse head counts that an even exchange cannot spread over the ranks."""
+    place = site.module_path or site.source_line
+    if site.num_heads % sp_size:
+        fitting = [n for n in range(1, site.num_heads + 1) if site.num_heads % n == 0 and _kv_fit(site.num_kv_heads, n)]
+        raise ConfigurationError(
+            f"locate-attention: {site.num_heads} heads do not divide over {sp_size} ranks at {place}. "
+            f"Use sp_size {_choice(fitting)}."
+        )
+    if not _kv_fit(site.num_kv_heads, sp_size):
+        fitting = [n for n in range(1, site.num_heads + 1) if site.num_heads % n == 0 and _kv_fit(site.num_kv_heads, n)]
+        raise ConfigurationError(
+            f"locate-attention: {site.num_kv_heads} key/value heads do not divide over {sp_size} ranks, nor the ranks "
+            f"over them, at {place}. Use sp_size {_choice(fitting)}."
+        )
+
+
+def _kv_fit(num_kv_heads: int, sp_size: int) -> bool:
+    return num_kv_heads % sp_size == 0 or sp_size % num_kv_heads == 0
+
+
+def _choice(numbers: list[int]) -> str:
+    *most, last = (str(number) for number in numbers)
+    return f"{', '.join(most)} or {last}" if most else last

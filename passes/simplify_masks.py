@@ -1,0 +1,113 @@
+"""Take from masks what says nothing, so that plain causal attention stays plain.
+
+    documents of positions 0, 1, 2, ...     one document: dropped
+    attention_mask(causal, nothing else)    -> no mask, is_causal=True: no S x S tensor
+
+A traced model cannot look at its positions, so transformers always adds the mask that keeps packed documents apart.
+Where the graph itself counts the positions up one by one there is a single document, whatever the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from passes.locate_attention import ATTENTION, MASK, read_mask
+from surgery.metadata import Context
+from surgery.pipeline import PassResult
+from surgery.rules.call import bind_arguments
+from surgery.rules.table import operation_name
+from surgery.shapes import shape_of
+
+LAST_OF_TWO = (-1, 1)
+DOCUMENTS_OF_POSITIONS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
+    ("aten::cumsum", lambda given: given["dim"] in LAST_OF_TWO),
+    ("aten::ne", lambda given: given["other"] == 1),
+    ("aten::diff", lambda given: given["n"] == 1 and given["dim"] in LAST_OF_TWO and given["append"] is None),
+)
+ADDED_MASK = torch.ops.aten.where.ScalarOther
+
+
+@dataclass(frozen=True)
+class SimplifyMasks:
+    name: ClassVar[str] = "simplify-masks"
+    requires: ClassVar[frozenset[str]] = frozenset({"sites"})
+    provides: ClassVar[frozenset[str]] = frozenset({"simple-masks"})
+
+    def run(self, graph: fx.Graph, context: Context) -> PassResult:
+        trivial = find_single_documents(graph)
+        for mask in trivial:
+            mask.update_arg(1, None)
+        plain = find_plain_masks(graph)
+        for node, mask in plain.items():
+            node.update_arg(3, None)
+            node.update_arg(6, bind_arguments(mask)["is_causal"])
+        for site in context.sites:
+            given = bind_arguments(site.node)
+            site.mask = read_mask(given["mask"], is_causal=given["is_causal"])
+        return PassResult(len(trivial) + len(plain))
+
+
+def find_single_documents(graph: fx.Graph) -> list[fx.Node]:
+    """Masks whose documents come from positions that the graph counts up one by one."""
+    masks = graph.find_nodes(op="call_function", target=MASK)
+    return [mask for mask in masks if isinstance(mask.args[1], fx.Node) and _is_one_document(mask.args[1])]
+
+
+def find_plain_masks(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Attention calls whose mask describes nothing but causality, or nothing at all, with that mask."""
+    described = {node: _described(node) for node in graph.find_nodes(op="call_function", target=ATTENTION)}
+    return {node: mask for node, mask in described.items() if mask is not None and _is_plain(mask)}
+
+
+def _described(node: fx.Node) -> fx.Node | None:
+    """The description behind a call's mask, also where eager attention made it additive: where(mask, 0, lowest)."""
+    mask = node.args[3]
+    if isinstance(mask, fx.Node) and mask.target is ADDED_MASK and _adds_nothing(mask):
+        mask = mask.args[0]
+    return mask if isinstance(mask, fx.Node) and mask.target is MASK else None
+
+
+def _adds_nothing(mask: fx.Node) -> bool:
+    """Whether tokens that are seen keep their scores, and the others get the lowest there is."""
+    _, seen, hidden = mask.args
+    return _is_call(seen, "aten::zeros") and bool(hidden == torch.finfo(mask.meta["val"].dtype).min)
+
+
+def _is_plain(mask: fx.Node) -> bool:
+    given = bind_arguments(mask)
+    is_square = given["query_length"] is given["key_length"] or not given["is_causal"]
+    return is_square and all(given[name] is None for name in ("padding", "documents", "window"))
+
+
+def _is_one_document(documents: fx.Node) -> bool:
+    """Whether `documents` is cumsum(diff(positions) != 1) of consecutive positions."""
+    node: Any = documents
+    for operation, meaning in DOCUMENTS_OF_POSITIONS:
+        if not _is_call(node, operation) or not meaning(bind_arguments(node)):
+            return False
+        node = node.args[0]
+    return _is_consecutive(node)
+
+
+def _is_consecutive(node: Any) -> bool:
+    """Whether a value is an `arange` by ones along its last dimension, shifted or broadcast."""
+    if _is_call(node, "aten::arange"):
+        return bind_arguments(node).get("step", 1) == 1
+    if _is_call(node, "aten::add"):
+        first, second = node.args[:2]
+        return isinstance(second, int) and _is_consecutive(first)
+    if any(_is_call(node, f"aten::{name}") for name in ("unsqueeze", "expand", "to")):
+        source = node.args[0]
+        has_same_rows = shape_of(source.meta["val"])[-1:] == shape_of(node.meta["val"])[-1:]
+        return has_same_rows and _is_consecutive(source)
+    return False
+
+
+def _is_call(node: Any, operation: str) -> bool:
+    is_operator = isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload)
+    return is_operator and operation_name(node.target) == operation

@@ -1,0 +1,53 @@
+"""Whether the ranks of a group were given the same batch: an error on all of them instead of nonsense, or a hang.
+
+rank 0: [signature, B, S, checksum]   --all-gather-->   every rank compares all rows
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from surgery.errors import InputError
+from surgery.private import all_gather_first_dim
+from surgery.signature import BoundCall
+
+SHOWN_FIELDS = ("batch size", "sequence length")
+FIELDS = ("arguments", "batch size", "sequence length", "contents")
+PERIOD = 8191
+
+
+def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:
+    """Raise `InputError` on every rank of `group` if their calls differ in arguments, sizes or contents."""
+    device = next(iter(call.tensors.values())).device
+    row = torch.tensor(
+        [[_names(call), call.batch_size, call.length, _checksum(call)]], dtype=torch.float64, device=device
+    )
+    rows = all_gather_first_dim(row, group.size(), group.group_name)
+    for field, column in zip(FIELDS, rows.T.tolist(), strict=True):
+        if len(set(column)) > 1:
+            shown = f" ({', '.join(f'{value:g}' for value in column)})" if field in SHOWN_FIELDS else ""
+            raise InputError(
+                f"the calls of the {group.size()} ranks that share a sequence differ in {field}{shown}. "
+                "Expected the same whole batch on each. Seed their data loaders alike, and shard batches over the "
+                "data-parallel ranks only: mpu.get_data_parallel_rank()."
+            )
+
+
+def _names(call: BoundCall) -> int:
+    described = [(name, str(tensor.dtype), tensor.ndim) for name, tensor in sorted(call.tensors.items())]
+    return zlib.crc32(repr((described, sorted(call.constants.items()))).encode())
+
+
+def _checksum(call: BoundCall) -> float:
+    return float(sum(_weighted_sum(call.tensors[name]) for name in sorted(call.tensors)))
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    """A sum that also changes when elements trade places."""
+    flat = tensor.detach().reshape(-1).double()
+    weights = torch.arange(flat.numel(), device=flat.device) % PERIOD + 1
+    return (flat * weights).sum().cpu()

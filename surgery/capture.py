@@ -1,0 +1,272 @@
+"""Capture: a Hugging Face model and a call signature become one flat graph, with one node per attention call.
+
+placeholders     the call's tensors, in the order of the signature
+get_attr         parameters and buffers by qualified name, looked up on the live model when the graph runs
+call_function    ATen operations, surgery::attention, surgery::attention_mask
+output           the flat outputs of the model's output class
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from surgery.attention import recorded_attention
+from surgery.errors import CaptureError
+from surgery.private import UserError, export_patches, functionalized
+from surgery.shapes import to_expr
+from surgery.signature import SEQUENCE_INPUTS, Signature, TensorInput
+
+TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
+
+
+SHORT_LENGTH = 16
+
+
+class Bounds(NamedTuple):
+    """The shortest and the longest sequence that a graph serves, where it has such limits."""
+
+    low: int | None
+    high: int | None
+
+
+UNBOUNDED = Bounds(None, None)
+
+
+@dataclass
+class Capture:
+    """A captured graph, and what is needed to call it and to read its outputs."""
+
+    graph: fx.Graph
+    length: sympy.Symbol
+    batch: sympy.Symbol | None
+    output_spec: pytree.TreeSpec
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    bounds: Bounds = UNBOUNDED
+
+
+def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) -> Capture:
+    """Trace `model` for `signature` with `torch.export`, batch and sequence dynamic, on an example of [B, S] tokens.
+
+    An example of one is captured for just that size: torch.export specializes ones.
+
+    Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
+    """
+    names = [tensor.name for tensor in signature.tensors]
+    arguments = frozenset(names) | {name for name, _ in signature.constants}
+    with ExitStack() as stack:
+        stack.enter_context(recorded_attention(attention_implementations(model), arguments))
+        stack.enter_context(_traceable_config(model))
+        stack.enter_context(_without_checkpointing(model))
+        stack.enter_context(_no_custom_backward())
+        stack.enter_context(export_patches())
+        stack.enter_context(_flat_forward(model, names, dict(signature.constants)))
+        try:
+            program, bounds = _export(model, signature, example)
+            if any(_is_mutable(node) for node in program.graph.nodes):
+                program = functionalized(program)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"torch.export cannot capture {type(model).__name__} for {signature}: {_first_lines(error)}. "
+                "Expected a forward without data-dependent control flow, dynamic in batch and sequence length. "
+                "Run the model's code through torch.export.export(strict=False) to see where it stops."
+            ) from error
+    captured = _to_capture(program, names)
+    captured.bounds = bounds
+    return captured
+
+
+def _export(model: nn.Module, signature: Signature, example: tuple[int, int]) -> tuple[ExportedProgram, Bounds]:
+    """The exported program, and the tightest bounds on the sequence length that it needs."""
+    examples = {tensor.name: _example(tensor, *example) for tensor in signature.tensors}
+    candidates = _candidate_bounds(model, example[1])
+    for bounds in candidates:
+        try:
+            program = torch.export.export(
+                model,
+                (),
+                examples,
+                dynamic_shapes=_dynamic_shapes(signature, example, bounds),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+        except UserError:
+            if bounds is candidates[-1]:
+                raise
+        else:
+            return program, bounds
+    raise AssertionError("the last candidate either returns or raises")
+
+
+def _candidate_bounds(model: nn.Module, length: int) -> list[Bounds]:
+    """Any length first; then those a table of positions has, and those that leave room for a slice of a few tokens."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    highs = [None, limit] if isinstance(limit, int) and limit >= length else [None]
+    lows = [None, SHORT_LENGTH] if length >= SHORT_LENGTH else [None]
+    return [Bounds(low, high) for low in lows for high in highs]
+
+
+def _dynamic_shapes(signature: Signature, example: tuple[int, int], bounds: Bounds) -> dict[str, dict[int, Dim]]:
+    dims = {"b": Dim("batch"), "s": Dim("sequence", min=bounds.low, max=bounds.high)}
+    dynamic = {name: dim for (name, dim), size in zip(dims.items(), example, strict=True) if size > 1}
+    return {
+        tensor.name: {d: dynamic[str(size)] for d, size in enumerate(tensor.dims) if size in dynamic}
+        for tensor in signature.tensors
+    }
+
+
+def attention_implementations(model: nn.Module) -> set[str]:
+    """The names under which `model` and its parts look up their attention function."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    names = {getattr(config, "_attn_implementation", None) for config in configs}
+    return {name for name in names if isinstance(name, str)} or {"sdpa"}
+
+
+def _example(tensor: TensorInput, batch_size: int, length: int) -> Tensor:
+    sizes = [batch_size if d == "b" else length if d == "s" else int(d) for d in tensor.dims]
+    return torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
+
+
+def _first_lines(error: Exception) -> str:
+    """What an exporter's message says first: its first two lines, as the second often has the cause."""
+    lines = [line.strip(" -.") for line in str(error).splitlines() if line.strip()]
+    return ": ".join(lines[:2])[:500] if lines else type(error).__name__
+
+
+@contextmanager
+def _flat_forward(model: nn.Module, names: list[str], constants: dict[str, Any]) -> Iterator[None]:
+    """Give the model, for the trace, a forward whose parameters are exactly the signature's tensors."""
+    installed = model.__dict__.pop("forward", None)
+    original = model.forward
+
+    def forward(**tensors: Tensor) -> Any:
+        return original(**tensors, **constants)
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    try:
+        model.forward = forward
+        yield
+    finally:
+        del model.forward
+        if installed is not None:
+            model.forward = installed
+
+
+@contextmanager
+def _traceable_config(model: nn.Module) -> Iterator[None]:
+    """Ask for experts without loops over data and for no cache, for the trace, where the configs have a say."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    previous = [(c, name, getattr(c, name)) for c in configs.values() for name in TRACEABLE if hasattr(c, name)]
+    try:
+        for config, name, _ in previous:
+            setattr(config, name, TRACEABLE[name])
+        yield
+    finally:
+        for config, name, value in previous:
+            setattr(config, name, value)
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Trace layers as they are; `surgery/checkpointing.py` cuts them out of the finished graph."""
+    switched_on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in switched_on:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in switched_on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _no_custom_backward() -> Iterator[None]:
+    """Refuse `torch.autograd.Function`s of a model's own: a trace keeps their forward and loses their backward."""
+    original = Function.apply
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise CaptureError(
+                f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function, and a captured graph would "
+                "lose its backward. Expected operations that torch differentiates. Write it as a custom op."
+            )
+        return original.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+
+    with mock.patch.object(Function, "apply", classmethod(apply)):
+        yield
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _to_capture(program: ExportedProgram, names: list[str]) -> Capture:
+    """Turn lifted parameters into `get_attr` nodes on the live model, and find the sequence symbol."""
+    _refuse_mutations(program)
+    graph = program.graph_module.graph
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    constants: dict[str, Tensor] = {}
+    inputs: list[fx.Node] = []
+    for node in list(graph.find_nodes(op="placeholder")):
+        spec = specs[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+            continue
+        assert spec.target is not None
+        target = spec.target
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[node.name] = program.constants[spec.target]
+            target = f"surgery.constants.{node.name}"
+        _replace_by_attribute(graph, node, target)
+    if [node.name for node in inputs] != names:
+        raise CaptureError(f"expected the graph's inputs to be {names}, found {[node.name for node in inputs]}")
+    length, batch = _sequence_and_batch(inputs)
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    graph.owning_module = program.graph_module
+    return Capture(graph, length, batch, spec, constants)
+
+
+def _replace_by_attribute(graph: fx.Graph, node: fx.Node, target: str) -> None:
+    body = next(other for other in graph.nodes if other.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(body):
+        attribute = graph.create_node("get_attr", target, name=node.name)
+    attribute.meta = dict(node.meta)
+    node.replace_all_uses_with(attribute)
+    graph.erase_node(node)
+
+
+def _refuse_mutations(program: ExportedProgram) -> None:
+    mutated = [s.target for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
+    if mutated:
+        raise CaptureError(
+            f"the forward writes to {mutated[0]}, a buffer or input. Expected a forward that only computes: "
+            "ranks would keep different copies. Remove the buffer update, or run it outside the forward."
+        )
+
+
+def _sequence_and_batch(inputs: list[fx.Node]) -> tuple[sympy.Symbol, sympy.Symbol | None]:
+    lead = next(node for name in SEQUENCE_INPUTS for node in inputs if node.name == name)
+    batch, length = (to_expr(size) for size in lead.meta["val"].shape[:2])
+    if not isinstance(length, sympy.Symbol):
+        raise CaptureError(
+            f"the model fixes the sequence length of {lead.name} to {length} while it is traced. "
+            "Expected a forward that works for any length: it branches on, or loops over, the length."
+        )
+    return length, batch if isinstance(batch, sympy.Symbol) else None

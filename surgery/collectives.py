@@ -1,0 +1,150 @@
+"""The functions that a rewritten graph calls: conversions between placements, and the exchange around attention.
+
+They are plain tensor code around functional collectives, so that `torch.compile` sees and fuses the packing.
+Cotangents are partial: every rank's backward computes an addend of the gradient. Then these pairs are adjoint, forward
+/ backward:
+
+    shard / zero-pad        gather / reduce-scatter        all-reduce / all-reduce        all-to-all / all-to-all
+
+Letters: B batch, N heads, S sequence, H head size, P sequence-parallel ranks, F packed features.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.private import GroupName, all_gather_first_dim, all_reduce_sum, all_to_all_first_dim
+
+
+class Axis(NamedTuple):
+    """One rank's view of the sequence-parallel mesh axis."""
+
+    size: int
+    rank: int
+    group_name: GroupName
+
+
+def shard(x: Tensor, dim: int, outer: int, inner: int, axis: Axis) -> Tensor:
+    """Take this rank's run of the sequence: `[..., outer * S * inner, ...] -> [..., outer * S/P * inner, ...]`."""
+    if outer == 1 and inner == 1:
+        length = x.shape[dim] // axis.size
+        return x.narrow(dim, axis.rank * length, length)
+    split = _split_dim(x, dim, (outer, -1, inner))
+    length = split.shape[dim + 1] // axis.size
+    return split.narrow(dim + 1, axis.rank * length, length).flatten(dim, dim + 2)
+
+
+def gather(x: Tensor, dim: int, outer: int, inner: int, axis: Axis) -> Tensor:
+    """Make the sequence whole on every rank: `[..., outer * S/P * inner, ...] -> [..., outer * S * inner, ...]`."""
+    split = _split_dim(x, dim, (outer, -1, inner)).movedim(dim + 1, 0)
+    whole = all_gather_first_dim(split.contiguous(), axis.size, axis.group_name)
+    return whole.movedim(0, dim + 1).flatten(dim, dim + 2)
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the ranks of a value of which each holds an addend."""
+    return all_reduce_sum(x, axis.group_name)
+
+
+def mean_addend(
+    self: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Axis
+) -> Tensor:
+    """This rank's addend of a mean over the (evenly sharded) sequence."""
+    local = self.mean(dtype=dtype) if dim is None else self.mean(dim, keepdim, dtype=dtype)
+    return local / axis.size
+
+
+def sharded_cross_entropy(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    whole_target: Tensor,
+    axis: Axis,
+) -> Tensor:
+    """This rank's addend of a cross-entropy; `reduction` as in ATen (1 mean, 2 sum)."""
+    addend = F.cross_entropy(
+        self, target, weight, ignore_index=int(ignore_index), reduction="sum", label_smoothing=label_smoothing
+    )
+    return addend / _label_weight(whole_target, weight, ignore_index).to(addend.dtype) if reduction == 1 else addend
+
+
+def sharded_nll_loss(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    *,
+    whole_target: Tensor,
+    axis: Axis,
+) -> Tensor:
+    """This rank's addend of a negative log-likelihood; `reduction` as in ATen (1 mean, 2 sum)."""
+    addend = F.nll_loss(self, target, weight, ignore_index=int(ignore_index), reduction="sum")
+    return addend / _label_weight(whole_target, weight, ignore_index).to(addend.dtype) if reduction == 1 else addend
+
+
+def _label_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean over labels divides by: their count, or the sum of their classes' weights."""
+    counted = labels != ignore_index
+    if weight is None:
+        return counted.sum()
+    return torch.where(counted, weight[labels.clamp(min=0)], 0).sum()
+
+
+def exchange_to_heads(query: Tensor, key: Tensor, value: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """Trade sequence shards for head shards, in one all-to-all.
+
+        query       [B, N,  S/P, H] -> [B, N/P, S, H]
+        key, value  [B, Nk, S/P, H] -> [B, max(Nk/P, 1), S, H]
+
+    Packed as [P, S/P, B, F]: what arrives is [S, B, F] already in order, so that taking it apart is a view. Where Nk <
+    P, a key or value head travels once to each rank whose queries need it, and never twice to one.
+    """
+    parts = [_by_destination(x, axis.size) for x in (query, key, value)]
+    packed = torch.cat([part.flatten(3) for part in parts], dim=-1)
+    received = all_to_all_first_dim(packed.flatten(0, 1), axis.group_name)
+    pieces = received.split([part.shape[3] * part.shape[4] for part in parts], dim=-1)
+    heads = [
+        _split_dim(piece, 2, tuple(part.shape[3:])).permute(1, 2, 0, 3)
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
+    return heads[0], heads[1], heads[2]
+
+
+def _by_destination(x: Tensor, size: int) -> Tensor:
+    """`[B, N, S/P, H] -> [P, S/P, B, heads per rank, H]`, the heads for rank p at index p."""
+    num_heads = x.shape[1]
+    if num_heads % size == 0:
+        return _split_dim(x, 1, (size, num_heads // size)).permute(1, 3, 0, 2, 4)
+    copies = x.unsqueeze(2).expand(-1, -1, size // num_heads, -1, -1)
+    return copies.flatten(1, 2).unsqueeze(2).permute(1, 3, 0, 2, 4)
+
+
+def exchange_to_sequence(output: Tensor, axis: Axis) -> Tensor:
+    """Trade head shards back for sequence shards: `[B, N/P, S, H] -> [B, N, S/P, H]`.
+
+    The result is a transposed view of a contiguous [B, S/P, N, H], the layout the output projection reads.
+    """
+    num_heads, head_size = output.shape[1], output.shape[3]
+    packed = output.permute(2, 0, 1, 3).flatten(2).contiguous()
+    received = all_to_all_first_dim(packed, axis.group_name)
+    split = _split_dim(_split_dim(received, 2, (num_heads, head_size)), 0, (axis.size, -1))
+    return split.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+
+
+def _split_dim(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`unflatten` in terms of `view`: Dynamo cannot trace the former inside `with torch.device(...)`."""
+    return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """`x` itself, whose gradient is multiplied by `scale`."""
+    return x.detach() + (x - x.detach()) * scale

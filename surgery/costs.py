@@ -1,0 +1,123 @@
+"""What a rewritten graph communicates, read off the graph: one row for each kind of collective.
+
+    exchange       all-to-all   forward      all-to-all       backward
+    gather         all-gather                reduce-scatter             where a gradient flows
+    all_reduce     all-reduce                all-reduce                 where a gradient flows
+
+Bytes are those that one rank sends. `bytes_per_token` counts them for each token the rank holds; it is None where they
+do not grow with the tokens, or grow faster, and `bytes_per_call` says how, in letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from surgery import collectives
+from surgery.notation import BATCH, LENGTH, Notation, notation_of, spell
+from surgery.program import Program
+from surgery.shapes import product, shape_of
+
+Direction = Literal["forward", "backward"]
+
+DETACH = torch.ops.aten.detach.default
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A collective and its adjoint. For each byte of the whole value one rank sends `sent` times (P-1)/P bytes."""
+
+    forward: str
+    backward: str
+    sent: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective; `size_bytes` is what a rank sends in a call, in B and S."""
+
+    kind: str
+    direction: Direction
+    size_bytes: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All collectives of one kind and direction."""
+
+    kind: str
+    direction: Direction
+    count: int
+    bytes_per_token: int | None
+    bytes_per_call: str
+
+
+def find_traffic(program: Program) -> tuple[Traffic, ...]:
+    """Every kind of collective that a training step issues, forward before backward."""
+    found: dict[tuple[str, Direction], list[Collective]] = {}
+    for collective in find_collectives(program):
+        found.setdefault((collective.kind, collective.direction), []).append(collective)
+    rows = [_total(group, program.context.axis.size) for group in found.values()]
+    return tuple(sorted(rows, key=lambda row: (row.direction == "backward", -row.count)))
+
+
+def find_collectives(program: Program) -> Iterator[Collective]:
+    """The collectives that the graph calls, each followed by its adjoint where a gradient flows back."""
+    notation = notation_of(program.context)
+    kinds = _kinds(notation.sp_size)
+    differentiable = find_differentiable(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in kinds:
+            kind = kinds[node.target]
+            values = node.meta["val"] if isinstance(node.meta["val"], tuple) else (node.meta["val"],)
+            size = sum(_sent(node, value, kind, notation) for value in values)
+            yield Collective(kind.forward, "forward", size)
+            if node in differentiable:
+                yield Collective(kind.backward, "backward", size)
+
+
+def find_differentiable(graph: fx.Graph) -> set[fx.Node]:
+    """The values through which a gradient flows back to a trainable parameter."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        first = value[0] if isinstance(value, tuple) else value
+        if not isinstance(first, Tensor) or not first.is_floating_point() or node.target is DETACH:
+            continue
+        if first.requires_grad or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _kinds(sp_size: int) -> dict[Any, Kind]:
+    return {
+        collectives.exchange_to_heads: Kind("all-to-all", "all-to-all", sympy.Rational(1, sp_size)),
+        collectives.exchange_to_sequence: Kind("all-to-all", "all-to-all", sympy.Rational(1, sp_size)),
+        collectives.gather: Kind("all-gather", "reduce-scatter", sympy.Integer(1)),
+        collectives.all_reduce: Kind("all-reduce", "all-reduce", sympy.Integer(2)),
+    }
+
+
+def _sent(node: fx.Node, value: Tensor, kind: Kind, notation: Notation) -> sympy.Expr:
+    """The bytes one rank sends of `value`. A key or value head goes to each of the P/Nk ranks that need it."""
+    size = notation.letters(product(shape_of(value))) * value.element_size()
+    is_shared = node.target is collectives.exchange_to_heads and value.shape[1] < notation.sp_size
+    copies = notation.sp_size // int(value.shape[1]) if is_shared else 1
+    return size * copies * kind.sent * sympy.Rational(notation.sp_size - 1, notation.sp_size)
+
+
+def _total(group: list[Collective], sp_size: int) -> Traffic:
+    total = sum(collective.size_bytes for collective in group)
+    per_token = sympy.simplify(total / (BATCH * LENGTH / sp_size))
+    return Traffic(
+        group[0].kind,
+        group[0].direction,
+        len(group),
+        int(per_token) if per_token.is_Integer else None,
+        spell(sympy.expand(total)),
+    )

@@ -1,0 +1,27 @@
+"""The errors a user can meet. Each says what was expected, what was found, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class SurgeryError(Exception):
+    """Base class of every error raised on purpose by this package."""
+
+
+class ConfigurationError(SurgeryError):
+    """An option, a model or a mesh that `transform` cannot work with."""
+
+
+class CaptureError(SurgeryError):
+    """The model's forward cannot be captured as one graph, or the graph would drop something the model does."""
+
+
+class UnsupportedOperationError(SurgeryError):
+    """An operation that cannot run on sequence shards, under `on_unknown="refuse"` or because nothing is exact."""
+
+
+class InputError(SurgeryError):
+    """A call whose inputs do not fit: a length that does not divide, ranks that disagree, an unknown argument."""
+
+
+class LaunchError(SurgeryError):
+    """A model transformed for several ranks, called without the process group that joins them."""

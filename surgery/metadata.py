@@ -1,0 +1,154 @@
+"""What passes know about a graph, as typed records: one on every node, one for the whole graph.
+
+Shapes stay in `node.meta["val"]`, and are those of the whole (unsharded) value; the placement says what a rank holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import sympy
+from torch import fx
+
+from surgery.collectives import Axis
+from surgery.placement import REPLICATED, Placement
+from surgery.rules.call import Step
+
+KEY = "surgery"
+
+OnUnknown = Literal["gather", "refuse"]
+Gradients = Literal["mean", "sum"]
+
+
+@dataclass
+class NodeFacts:
+    """What is known of one node. `placements` has one entry a result; `family` is the rule's, or how it was handled."""
+
+    placements: tuple[Placement, ...] = (REPLICATED,)
+    family: str = "replicated"
+    step: Step | None = None
+    reason: str = ""
+
+    @property
+    def placement(self) -> Placement:
+        return self.placements[0]
+
+
+def facts_of(node: fx.Node) -> NodeFacts:
+    """The facts of `node`, made on first use."""
+    facts = node.meta.setdefault(KEY, NodeFacts())
+    assert isinstance(facts, NodeFacts)
+    return facts
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What an attention call may see, in O(S) words.
+
+    `is_causal`: keys behind the query. `window`: at most so many tokens back. `padding` [B, S] bool and `documents`
+    [B, S] int are names of graph values. None everywhere: all tokens see all tokens.
+    """
+
+    is_causal: bool
+    window: int | None = None
+    padding: str | None = None
+    documents: str | None = None
+
+    def __str__(self) -> str:
+        words = ["causal" if self.is_causal else "bidirectional"]
+        words += [f"window {self.window}"] if self.window is not None else []
+        words += ["padding"] if self.padding is not None else []
+        words += ["documents"] if self.documents is not None else []
+        return ", ".join(words)
+
+
+@dataclass
+class Site:
+    """One attention call. Sizes are of the whole model: `num_heads` N, `num_kv_heads` Nk, head sizes H."""
+
+    node: fx.Node
+    module_path: str
+    source_line: str
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    value_head_size: int
+    element_size_bytes: int
+    mask: Mask | None = None
+    implementation: str = "sdpa"
+
+    def heads_per_rank(self, sp_size: int) -> tuple[int, int]:
+        return self.num_heads // sp_size, max(self.num_kv_heads // sp_size, 1)
+
+    def bytes_per_token(self, sp_size: int) -> int:
+        """Bytes that one rank sends forward for each token it holds; backward sends as many again."""
+        heads, kv_heads = self.heads_per_rank(sp_size)
+        features = heads * (self.head_size + self.value_head_size) + kv_heads * (self.head_size + self.value_head_size)
+        return (sp_size - 1) * features * self.element_size_bytes
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A pass's explained refusal to act on something."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one graph."""
+
+    name: str
+    changed: int
+    elapsed_ms: float
+    skips: tuple[Skip, ...] = ()
+
+
+@dataclass
+class Context:
+    """What all passes over one graph share: the mesh axis, the options, the sequence, and the facts found so far."""
+
+    axis: Axis
+    length: sympy.Symbol
+    batch: sympy.Symbol | None
+    sizes: dict[sympy.Symbol, fx.Node]
+    fixed_length: int | None = None
+    checkpointed: tuple[str, ...] = ()
+    on_unknown: OnUnknown = "gather"
+    gradients: Gradients = "mean"
+    sites: list[Site] = field(default_factory=list)
+    assumptions: list[sympy.Basic] = field(default_factory=list)
+    facts: set[str] = field(default_factory=set)
+    records: list[PassRecord] = field(default_factory=list)
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the innermost module that `node` was traced in, or "" at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def module_class(node: fx.Node) -> str:
+    """The class name of the innermost module that `node` was traced in, or "" outside all."""
+    stack = node.meta.get("nn_module_stack") or {}
+    traced = next(reversed(stack.values()))[1] if stack else ""
+    return str(getattr(traced, "__qualname__", traced)).rsplit(".", 1)[-1]
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:123` of the model code that made `node`, or "" if unknown."""
+    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.startswith("  File")]
+    if not frames:
+        return ""
+    path, line = frames[-1].split('"')[1], frames[-1].split(",")[1].strip().removeprefix("line ")
+    return f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+def where(node: fx.Node) -> str:
+    """`aten.cumsum at model.layers.0.mlp (modeling.py:12)`, for messages."""
+    place = " ".join(
+        part for part in (module_path(node), f"({source_line(node)})" if source_line(node) else "") if part
+    )
+    return f"{node.target} at {place or 'the top of the model'}"

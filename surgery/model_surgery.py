@@ -1,0 +1,198 @@
+"""`model.surgery`: everything the transform knows and does, attached to the model it changed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import sympy
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from surgery import collectives
+from surgery.agreement import check_same_call
+from surgery.capture import capture
+from surgery.checkpointing import checkpointed_layers
+from surgery.checks import check_call, how_to_launch
+from surgery.collectives import Axis
+from surgery.errors import CaptureError, LaunchError
+from surgery.mesh import SequenceMesh
+from surgery.metadata import Context
+from surgery.options import Options
+from surgery.pipeline import run_pipeline
+from surgery.printing import GraphPrintout, make_printout
+from surgery.private import GroupName
+from surgery.program import Program, build_program
+from surgery.recipe import SEQUENCE_PARALLEL
+from surgery.report import Report, make_report
+from surgery.signature import BoundCall, Signature, TensorInput, autocast_dtype, bind_call, describe_tensors
+from surgery.state import check_state, fingerprint
+
+DEFAULT_EXAMPLE_BATCH_SIZE = 2
+DEFAULT_EXAMPLE_LENGTH = 64
+
+
+class ModelSurgery:
+    """The programs of one transformed model, its process groups, and the forward that dispatches between them.
+
+    Attributes:
+        mpu: the process groups (`SequenceMesh`), or None where there is no process group or a single rank.
+        programs: the rewritten graphs, one for each call signature seen so far, the training step's first.
+    """
+
+    def __init__(
+        self, model: nn.Module, options: Options, mesh: SequenceMesh | None, forward: Callable[..., Any] | None = None
+    ) -> None:
+        self.options = options
+        self.mpu = mesh
+        self.programs: list[Program] = []
+        self.constants = types.SimpleNamespace()
+        self.is_generating = False
+        self.model = model
+        self._checked: set[tuple[Any, ...]] = set()
+        self._original_forward = forward or model.forward
+        self._parameters = inspect.signature(self._original_forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelSurgery:
+        """For a copy of the model: programs and process groups are shared, the forward is the copy's own."""
+        mesh = self.mpu.shared() if self.mpu is not None else None
+        twin = ModelSurgery(
+            copy.deepcopy(self.model, memo), self.options, mesh, copy.deepcopy(self._original_forward, memo)
+        )
+        twin.programs, twin.constants = list(self.programs), self.constants
+        return twin
+
+    @property
+    def axis(self) -> Axis:
+        """This rank's view of the sequence-parallel axis; rank 0 where the model is only looked at."""
+        return self.mpu.axis if self.mpu is not None else Axis(self.options.sp_size, 0, GroupName("sp"))
+
+    def bypass_reason(self, kwargs: dict[str, Any] | None = None) -> str | None:
+        """Why a call would run the original forward on this rank alone, or None if it would be exchanged."""
+        if self.options.sp_size == 1:
+            return "sp_size is 1"
+        if self.is_generating:
+            return "generate() decodes on every rank"
+        if not self.model.training and self.options.disable_in_eval:
+            return "disable_in_eval=True, and the model is in eval mode"
+        if not self.model.training and kwargs and (kwargs.get("past_key_values") or kwargs.get("use_cache")):
+            return "the call uses a key-value cache"
+        return None
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The transformed model's forward."""
+        if self.bypass_reason(kwargs) is not None:
+            return self._original_forward(*args, **kwargs)
+        call = bind_call(self._parameters, args, kwargs)
+        if self.mpu is None:
+            raise LaunchError(how_to_launch(self.options.sp_size))
+        inputs = describe_tensors(call)
+        constants = tuple((name, call.constants[name]) for name in sorted(call.constants))
+        if not torch.compiler.is_compiling():
+            self._check_agreement(call, (inputs, constants))
+        check_call(call, self.options, self.model.training)
+        find = find_while_compiling if torch.compiler.is_compiling() else find_program
+        program = self.programs[find(self, inputs, constants, self.model.training, None)]
+        if program.has_assumptions:
+            sizes = (int(call.batch_size), int(call.length))
+            program = self.programs[find(self, inputs, constants, self.model.training, sizes)]
+        return program.run(self.model, call.tensors)
+
+    def gather(self, value: Tensor, dim: int = 1) -> Tensor:
+        """Make a sharded output, such as logits [B, S/P, V], whole on every rank: [B, S, V]. Differentiable."""
+        if self.bypass_reason() is not None:
+            return value
+        whole = collectives.gather(value, dim % value.ndim, 1, 1, self.axis)
+        return whole if self.options.gradients == "mean" else collectives.scale_gradient(whole, 1 / self.axis.size)
+
+    def report(self, program: Program | None = None) -> Report:
+        """What was found, what was inserted, what it costs: of the first captured program, or another of `programs`."""
+        return make_report(self, program)
+
+    def graph(self, layer: int | None = None, program: Program | None = None) -> GraphPrintout:
+        """The rewritten graph to look at, identical layers once, or one `layer` in full detail."""
+        return make_printout(self, layer, program)
+
+    def print_graph(self, layer: int | None = None, program: Program | None = None) -> None:
+        """Print `graph(...)` to the terminal."""
+        Console().print(self.graph(layer, program))
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Program:
+        """Capture and rewrite the graph for a call with these arguments, without running it."""
+        call = bind_call(self._parameters, args, kwargs)
+        constants = tuple(sorted(call.constants.items()))
+        sizes = (call.batch_size, call.length)
+        return self.programs[find_program(self, describe_tensors(call), constants, self.model.training, sizes)]
+
+    def _check_agreement(self, call: BoundCall, key: tuple[Any, ...]) -> None:
+        """Compare the batch between the ranks, as often as `check_inputs` asks for."""
+        is_due = self.options.check_inputs == "always" or key not in self._checked
+        if self.options.check_inputs == "never" or not is_due:
+            return
+        assert self.mpu is not None
+        check_same_call(call, self.mpu.get_sequence_parallel_group())
+        self._checked.add(key)
+
+    def build(self, signature: Signature, example: tuple[int, int]) -> Program:
+        """Capture the model for `signature`, with an example of [B, S] tokens, and run the recipe over its graph."""
+        if signature.autocast_dtype is not None:
+            raise CaptureError(
+                "torch.autocast is on, and the graph would bake its casts in. Expected plain dtypes. "
+                "Cast the model instead (model.to(torch.bfloat16)), or leave the autocast block."
+            )
+        captured = capture(self.model, signature, example)
+        options = self.options
+        context = Context(
+            self.axis,
+            captured.length,
+            captured.batch,
+            sizes={},
+            fixed_length=None if options.seq_length_is_variable else options.seq_length,
+            checkpointed=checkpointed_layers(self.model),
+            on_unknown=options.on_unknown,
+            gradients=options.gradients,
+        )
+        low, high = captured.bounds
+        context.assumptions += [sympy.Ge(captured.length, low)] if low is not None else []
+        context.assumptions += [sympy.Le(captured.length, high)] if high is not None else []
+        run_pipeline(SEQUENCE_PARALLEL, captured.graph, context)
+        for name, value in captured.constants.items():
+            setattr(self.constants, name, value)
+        return build_program(captured, signature, context)
+
+
+def find_program(
+    surgery: ModelSurgery,
+    inputs: tuple[TensorInput, ...],
+    constants: tuple[tuple[str, Any], ...],
+    is_training: bool,
+    sizes: tuple[int, int] | None,
+) -> int:
+    """The index of the program for a call, captured now if there is none; `sizes` [B, S]: one that serves them."""
+    check_state(surgery.model)
+    autocast = autocast_dtype(inputs[0].device.type)
+    signature = Signature(inputs, constants, is_training, autocast, fingerprint(surgery.model))
+    for index, program in enumerate(surgery.programs):
+        if program.signature == signature and (sizes is None or program.serves(*sizes)):
+            return index
+    length = surgery.options.seq_length or DEFAULT_EXAMPLE_LENGTH
+    surgery.programs.append(surgery.build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, length)))
+    return len(surgery.programs) - 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def find_while_compiling(
+    surgery: ModelSurgery,
+    inputs: tuple[TensorInput, ...],
+    constants: tuple[tuple[str, Any], ...],
+    is_training: bool,
+    sizes: tuple[int, int] | None,
+) -> int:
+    """`find_program` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(find_program, surgery, inputs, constants, is_training, sizes).result()

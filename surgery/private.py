@@ -1,0 +1,72 @@
+"""Every use of something torch or transformers do not call public, so that a change there is felt in one place.
+
+`tests/test_private.py` fails when one of these moves. `torch.distributed._functional_collectives` is underscored, but
+it is what torch documents for traceable collectives; transformers' exporter patches are what its own exporters are
+made of.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import (
+    UserError as UserError,
+)  # what torch.export raises for dims that are less dynamic than asked for
+from torch.distributed import _functional_collectives as functional
+from torch.distributed.distributed_c10d import GroupName as GroupName
+from torch.export import ExportedProgram
+from transformers.exporters import exporter_dynamo  # noqa: F401  (fills the table of patches)
+from transformers.exporters.utils import apply_patches
+
+
+def all_to_all_first_dim(x: Tensor, group_name: GroupName) -> Tensor:
+    """Send the p-th of P equal runs of dim 0 to rank p; what rank p sent arrives as the p-th run. Differentiable."""
+    return _arrived(functional.all_to_all_single_autograd(x, None, None, group_name))
+
+
+def all_gather_first_dim(x: Tensor, size: int, group_name: GroupName) -> Tensor:
+    """Concatenate the ranks' tensors in dim 0. Differentiable: the backward is a reduce-scatter."""
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group_name)
+    return functional.wait_tensor(gathered)
+
+
+def all_reduce_sum(x: Tensor, group_name: GroupName) -> Tensor:
+    """The sum over the ranks. Differentiable: the backward is an all-reduce."""
+    return _arrived(functional.all_reduce(x, "sum", group_name))
+
+
+def _arrived(x: Tensor) -> Tensor:
+    """A plain tensor: eager collectives return one that waits on its first use, traced ones have waited already."""
+    return x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x
+
+
+@contextmanager
+def export_patches() -> Iterator[None]:
+    """transformers' replacements for model code that does not export, for the time of one trace."""
+    with apply_patches("dynamo"):
+        yield
+
+
+def functionalized(program: ExportedProgram) -> ExportedProgram:
+    """The same program without in-place operations, none decomposed.
+
+    torch 2.11 to 2.13 copy a deprecated tree spec on the way and warn of it; to be deleted when they no longer do.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return program.run_decompositions({})
+
+
+def is_idle_hook(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is one of transformers' own that changes nothing here.
+
+    Its output recorders are idle unless hidden states or attentions are asked for, and are refused then. The hook that
+    gradient checkpointing puts on the embeddings only marks their output as requiring a gradient.
+    """
+    is_recorder = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return is_recorder or getattr(hook, "__qualname__", "").endswith("make_inputs_require_grads")

@@ -1,0 +1,88 @@
+"""A rewritten graph, ready to run as a method of the model it came from.
+
+The generated function reads `self.model.layers[0]...weight` when it runs, so parameters may be moved, tied or replaced
+after the transform: an optimizer, DDP, ZeRO or PEFT sees and changes the very ones the graph uses.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from surgery.capture import Capture
+from surgery.checkpointing import cut_layers
+from surgery.metadata import Context, facts_of
+from surgery.placement import Placement
+from surgery.signature import Signature
+
+
+@dataclass(frozen=True)
+class Program:
+    """One captured and rewritten call signature."""
+
+    signature: Signature
+    graph: fx.Graph
+    context: Context
+    output_spec: pytree.TreeSpec
+    code: str
+    function: Callable[..., tuple[Any, ...]]
+
+    @property
+    def has_assumptions(self) -> bool:
+        return len(self.context.assumptions) > 0
+
+    def serves(self, batch_size: int, length: int) -> bool:
+        """Whether these sizes are on the same side of the model's branches as the captured ones."""
+        sizes = {self.context.length: length, self.context.batch: batch_size}
+        return all(condition.subs(sizes) == sympy.true for condition in self.context.assumptions)
+
+    def run(self, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
+        outputs = self.function(model, *(tensors[tensor.name] for tensor in self.signature.tensors))
+        return pytree.tree_unflatten(list(outputs), self.output_spec)
+
+    @property
+    def outputs(self) -> tuple[tuple[str, fx.Node], ...]:
+        """The nodes the graph returns, with their fields in the model's output class: `loss`, `logits`."""
+        output = next(iter(reversed(self.graph.nodes)))
+        names = [".".join(str(key).strip(".[]'\"") for key in path) for path, _ in self._output_paths()]
+        return tuple((n, node) for n, node in zip(names, output.args[0], strict=True) if isinstance(node, fx.Node))
+
+    @property
+    def output_placements(self) -> dict[str, Placement]:
+        """The placement of each output, by its field in the model's output class."""
+        return {name: facts_of(node).placement for name, node in self.outputs}
+
+    def _output_paths(self) -> list[Any]:
+        leaves = [object()] * self.output_spec.num_leaves
+        return list(pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, self.output_spec))[0])
+
+
+def build_program(captured: Capture, signature: Signature, context: Context) -> Program:
+    """Compile the graph of `captured` into a function of the model and the signature's tensors."""
+    name = f"<surgery {id(captured.graph)}>"
+    graph = captured.graph
+    if context.checkpointed:
+        graph = cut_layers(graph, context.checkpointed, lambda body, layer: _compile(body, f"{name} {layer}")[1])
+    code, function = _compile(graph, name)
+    return Program(
+        signature,
+        captured.graph,
+        context,
+        captured.output_spec,
+        code,
+        function,
+    )
+
+
+def _compile(graph: fx.Graph, name: str) -> tuple[str, Callable[..., tuple[Any, ...]]]:
+    source = graph.python_code("self")
+    linecache.cache[name] = (len(source.src), None, source.src.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = dict(source.globals)
+    exec(compile(source.src, name, "exec"), namespace)
+    return source.src, namespace["forward"]

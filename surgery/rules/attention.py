@@ -1,0 +1,26 @@
+"""Attention calls: query, key and value come in sharded over the sequence and the output leaves so.
+
+    [B, N, S/P, H] x 3  --exchange-->  [B, N/P, S, H] x 3  --attention-->  [B, N/P, S, H]  --exchange-->  [B, N, S/P, H]
+
+The exchange itself is inserted later, by `passes/insert_all_to_all.py`. Masks stay whole on every rank.
+"""
+
+from __future__ import annotations
+
+from surgery.placement import REPLICATED, Placement, Sharded
+from surgery.rules.call import Call, Step
+from surgery.rules.table import rule
+
+SEQUENCE_DIM = 2
+
+
+@rule("surgery::attention", family="attention")
+def attention(call: Call) -> Step | None:
+    tokens = [call.operand(name) for name in ("query", "key", "value")]
+    if any(operand is None or operand.shape[SEQUENCE_DIM] != call.length for operand in tokens):
+        return None
+    exchanged = {operand.node for operand in tokens if operand is not None}
+    operands: tuple[Placement, ...] = tuple(
+        Sharded(SEQUENCE_DIM) if operand.node in exchanged else REPLICATED for operand in call.operands
+    )
+    return Step(operands, (Sharded(SEQUENCE_DIM),))

@@ -1,0 +1,38 @@
+"""Tensors made from nothing: a rank builds just its part.
+
+    zeros([B, S, H])  ->  zeros([B, S/P, H])
+    ones([B, S])      ->  ones([B, S])         one number a token: whole, as masks and positions are
+
+Random tensors have no row: what ranks draw apart would not be one tensor.
+"""
+
+from __future__ import annotations
+
+from surgery.placement import Sharded
+from surgery.rules.call import Call, Step
+from surgery.rules.table import rule
+from surgery.shapes import length_dims
+
+
+@rule(
+    "aten::empty",
+    "aten::full",
+    "aten::new_empty",
+    "aten::new_full",
+    "aten::new_ones",
+    "aten::new_zeros",
+    "aten::ones",
+    "aten::zeros",
+    family="creation",
+    creates=True,
+)
+def create(call: Call) -> Step | None:
+    dims = length_dims(call.shape, call.length)
+    if len(dims) != 1 or call.shape[dims[0]] != call.length or _is_one_number_a_token(call):
+        return None
+    return Step(tuple(operand.placement for operand in call.operands), (Sharded(dims[0]),), sizes="size")
+
+
+def _is_one_number_a_token(call: Call) -> bool:
+    has_features = any(size.is_Integer and size > 1 for size in call.shape)
+    return not has_features and not call.sharded

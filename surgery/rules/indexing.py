@@ -1,0 +1,59 @@
+"""Lookups: local where the table is whole on every rank, or the sequence is not the dimension looked up in.
+
+embedding     [V, H][ids [B, S/P]]             -> [B, S/P, H]
+rotary cache  [T, H][positions [B, S/P]]       -> [B, S/P, H]
+gather        [B, S/P, E], index [B, S/P, k]   -> [B, S/P, k]    along E
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from surgery.placement import REPLICATED, Placement, Sharded
+from surgery.rules.call import Call, Step, uniform
+from surgery.rules.table import rule
+
+
+@rule("aten::embedding", family="indexing")
+def embedding(call: Call) -> Step | None:
+    weight, indices = call.operand("weight"), call.operand("indices")
+    if weight is None or indices is None or not isinstance(indices.placement, Sharded) or weight.is_sharded:
+        return None
+    if call.arguments.get("scale_grad_by_freq"):
+        return None
+    required: dict[fx.Node, Placement] = {weight.node: REPLICATED, indices.node: indices.placement}
+    return Step(tuple(required[operand.node] for operand in call.operands), (indices.placement,))
+
+
+@rule("aten::one_hot", family="indexing")
+def one_hot(call: Call) -> Step | None:
+    return uniform(call, call.operands[0].placement)
+
+
+@rule("aten::gather", family="indexing")
+def gather(call: Call) -> Step | None:
+    lead = call.sharded[0].placement
+    if call.arguments.get("dim") is None or not isinstance(lead, Sharded) or lead.dim == call.dim():
+        return None
+    has_same_length = all(operand.shape[lead.dim] == call.sharded[0].shape[lead.dim] for operand in call.operands)
+    return uniform(call, lead) if has_same_length and len(call.operands) == 2 else None
+
+
+@rule("aten::index", family="indexing")
+def index(call: Call) -> Step | None:
+    table, *indices = call.operands
+    given = [i for i, entry in enumerate(call.arguments["indices"]) if entry is not None]
+    if table.is_sharded or len(indices) != 1 or len(given) != 1 or call.arguments["indices"][given[0]] is table.node:
+        return None
+    placement = indices[0].placement
+    if not isinstance(placement, Sharded):
+        return None
+    return Step((REPLICATED, placement), (placement.moved_to(placement.dim + given[0]),))
+
+
+@rule("aten::index_select", family="indexing")
+def index_select(call: Call) -> Step | None:
+    source = call.operands[0]
+    if len(call.operands) != 2 or not isinstance(source.placement, Sharded) or source.placement.dim == call.dim():
+        return None
+    return Step((source.placement, REPLICATED), (source.placement,))

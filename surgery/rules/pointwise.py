@@ -1,0 +1,82 @@
+"""Operations that treat every element alone: they run on shards as they are.
+
+    [B, S/P, H] * [H]             ->  [B, S/P, H]
+    [B, N, S/P, H] * [1, 1, S, H]  ->  the second operand is sliced to [1, 1, S/P, H]
+
+Everything torch tags `pointwise` is served here; the operations named below are pointwise (or copies) without the tag.
+"""
+
+from __future__ import annotations
+
+from sympy import Expr
+
+from surgery.placement import ONE, REPLICATED, Placement, Sharded
+from surgery.randomness import sharded_dropout
+from surgery.rules.call import Call, Operand, Step, uniform
+from surgery.rules.table import rule
+
+UNTAGGED = (
+    "aten::alias",
+    "aten::clone",
+    "aten::contiguous",
+    "aten::detach",
+    "aten::empty_like",
+    "aten::full_like",
+    "aten::hardtanh",
+    "aten::lift_fresh_copy",
+    "aten::masked_fill",
+    "aten::ones_like",
+    "aten::silu",
+    "aten::softplus",
+    "aten::to",
+    "aten::type_as",
+    "aten::where",
+    "aten::zeros_like",
+    "aten::_to_copy",
+)
+CHANNEL_DIM = 1
+
+
+def aligned_dim(operand: Operand, result_dim: int, result_ndim: int) -> int | None:
+    """The dimension of `operand` that broadcasting aligns with `result_dim`, or None if it has size 1 or is missing."""
+    dim = result_dim - (result_ndim - len(operand.shape))
+    return dim if dim >= 0 and operand.shape[dim] != ONE else None
+
+
+def align(operand: Operand, result: Sharded, result_ndim: int) -> Placement:
+    """What `operand` must be so that broadcasting it gives `result`."""
+    dim = aligned_dim(operand, result.dim, result_ndim)
+    return REPLICATED if dim is None else result.moved_to(dim)
+
+
+def _fits(operand: Operand, size: Expr, result_dim: int, result_ndim: int) -> bool:
+    """Whether the sequence of `operand` is plainly the result's, and not a size that only turns out to broadcast."""
+    dim = aligned_dim(operand, result_dim, result_ndim)
+    return dim is None or operand.shape[dim] == size
+
+
+@rule("pointwise", *UNTAGGED, family="pointwise")
+def pointwise(call: Call) -> Step | None:
+    lead = call.sharded[0]
+    assert isinstance(lead.placement, Sharded)
+    ndim = len(call.shape)
+    result = lead.placement.moved_to(lead.placement.dim + ndim - len(lead.shape))
+    if not all(_fits(operand, call.shape[result.dim], result.dim, ndim) for operand in call.operands):
+        return None
+    operands = tuple(align(operand, result, ndim) for operand in call.operands)
+    return Step(operands, (result,) * len(call.results))
+
+
+@rule("aten::prelu", family="pointwise")
+def prelu(call: Call) -> Step | None:
+    """Its weight has one number, or one for each entry of dim 1, whatever that is aligned with."""
+    result, weight = call.operands[0].placement, call.operands[1]
+    if not isinstance(result, Sharded):
+        return None
+    is_sequence = result.dim == CHANNEL_DIM and weight.shape != (ONE,)
+    return Step((result, result.moved_to(0) if is_sequence else REPLICATED), (result,))
+
+
+@rule("aten::dropout", family="pointwise")
+def dropout(call: Call) -> Step | None:
+    return uniform(call, call.operands[0].placement, replacement=sharded_dropout)

@@ -1,0 +1,64 @@
+"""Symbolic sizes: one captured graph serves every batch size `b` and every sequence length `s`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import sympy
+import torch
+
+from surgery.placement import ONE, Sharded
+
+Shape = tuple[sympy.Expr, ...]
+
+
+def to_expr(size: int | torch.SymInt) -> sympy.Expr:
+    """The sympy expression of a size; a plain integer becomes `sympy.Integer`."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def shape_of(value: torch.Tensor) -> Shape:
+    """The symbolic shape of a (fake) tensor."""
+    return tuple(to_expr(size) for size in value.shape)
+
+
+def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
+    return sympy.Mul(*sizes)
+
+
+def quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+    """`size / divisor` where that is a product of whole sizes, else None."""
+    result = sympy.cancel(size / divisor) if size != divisor else ONE
+    return result if sympy.fraction(result)[1] == 1 else None
+
+
+def has_length(size: sympy.Expr, length: sympy.Symbol) -> bool:
+    """Whether the sequence length is in `size`, as a factor or in any other way."""
+    return length in size.free_symbols
+
+
+def length_dims(shape: Shape, length: sympy.Symbol) -> tuple[int, ...]:
+    """The dimensions of `shape` that depend on the sequence length."""
+    return tuple(dim for dim, size in enumerate(shape) if has_length(size, length))
+
+
+def place_in(shape: Shape, before: sympy.Expr, after: sympy.Expr, length: sympy.Symbol) -> Sharded | None:
+    """The placement in `shape` of a sequence with `before` elements ahead of it and `after` behind, in row-major order.
+
+        [b, s, h]  is  before = b, after = h;   in [b*s, h] that is Sharded(0, outer=b);   in [b, s//4, 4, h] nowhere.
+
+    None where no single dimension holds the whole sequence.
+    """
+    for dim in length_dims(shape, length):
+        outer = quotient(before, product(shape[:dim]))
+        inner = quotient(after, product(shape[dim + 1 :]))
+        if outer is not None and inner is not None and sympy.expand(outer * length * inner - shape[dim]) == 0:
+            return Sharded(dim, outer, inner)
+    return None
+
+
+def elements_around(shape: Shape, placement: Sharded) -> tuple[sympy.Expr, sympy.Expr]:
+    """How many elements lie ahead of and behind the sequence in row-major order: the inverse of `place_in`."""
+    before = product(shape[: placement.dim]) * placement.outer
+    after = placement.inner * product(shape[placement.dim + 1 :])
+    return before, after

@@ -1,0 +1,43 @@
+"""Sizes as graph nodes: from a symbolic expression to the arithmetic that computes it when the graph runs."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import Any
+
+import sympy
+from torch import fx
+from torch.utils._sympy.functions import FloorDiv
+
+from surgery.errors import CaptureError
+
+Size = fx.Node | int
+
+
+def size_node(graph: fx.Graph, expr: sympy.Expr, sizes: dict[sympy.Symbol, fx.Node]) -> Size:
+    """Compute `expr` at the graph's insertion point from the symbols' nodes in `sizes`."""
+    if expr.is_Integer:
+        return int(expr)
+    if isinstance(expr, sympy.Symbol) and expr in sizes:
+        return sizes[expr]
+    function = ARITHMETIC.get(type(expr))
+    if function is None:
+        raise CaptureError(f"a size of {expr} depends on data. Expected sizes that follow from those of the inputs.")
+    terms = [size_node(graph, term, sizes) for term in expr.args]
+    return reduce(lambda a, b: _call(graph, function, a, b), terms)
+
+
+def floor_divide(graph: fx.Graph, size: Size, divisor: int) -> Size:
+    """`size // divisor`, folded where `size` is a constant."""
+    return size // divisor if isinstance(size, int) else _call(graph, operator.floordiv, size, divisor)
+
+
+def _call(graph: fx.Graph, function: Any, a: Size, b: Size) -> Size:
+    node = graph.call_function(function, (a, b))
+    values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (a, b)]
+    node.meta["val"] = function(*values)
+    return node
+
+
+ARITHMETIC: dict[type, Any] = {sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv}

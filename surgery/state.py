@@ -1,0 +1,89 @@
+"""What a captured graph takes for granted about a model, checked before every call: nothing is silently dropped."""
+
+from __future__ import annotations
+
+from types import FunctionType, MethodType
+
+from torch import Tensor, nn
+
+from surgery.checkpointing import checkpointed_layers
+from surgery.errors import CaptureError
+from surgery.private import is_idle_hook
+
+INSTALLED = ("forward", "generate")  # what the transform itself puts on the model
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # left behind when it is switched off
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A hash of the module tree: classes, modes, and each parameter's shape, dtype, device and ties.
+
+    Two equal fingerprints mean that a graph captured at one still describes the model at the other; the parameters'
+    values and identities do not enter, as the graph looks them up.
+    """
+    first_name: dict[int, str] = {}
+    entries: list[object] = []
+    for path, module in model.named_modules():
+        entries.append((path, type(module), getattr(module, CHECKPOINTING[0], False)))
+        entries.append((path, *_settings(module, INSTALLED if module is model else ())))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                tied_to = first_name.setdefault(id(tensor), f"{path}.{name}")
+                entries.append((name, tensor.shape, tensor.dtype, tensor.device, tied_to))
+    entries += _settings(model.config) if hasattr(model, "config") else []
+    return hash(tuple(entries))
+
+
+def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
+    """What a trace bakes in of a module or a config: its numbers, words, functions and plain tensors."""
+    found: list[object] = []
+    for name, value in vars(owner).items():
+        if name in CHECKPOINTING:
+            continue
+        if isinstance(value, (bool, int, float, str)):
+            found.append((name, value))
+        elif isinstance(value, Tensor):
+            found.append((name, id(value), value._version))
+        elif isinstance(value, FunctionType | MethodType) and name not in skipped:
+            found.append((name, id(value.__code__)))
+    return found
+
+
+def check_state(model: nn.Module) -> None:
+    """Refuse what a graph of the whole model would drop. Raises `CaptureError`, naming the module."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise CaptureError(
+            "the model is quantized, and its weights would be read as if they were not. "
+            "Expected plain floating weights. Load it without a quantization config."
+        )
+    config = getattr(model, "config", None)
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            raise CaptureError(f"config.{name} is set, and the captured graph keeps no such outputs. Set it to False.")
+    _check_checkpointing(model)
+    for path, module in model.named_modules():
+        _check_module(path or type(model).__name__, module, is_root=module is model)
+
+
+def _check_checkpointing(model: nn.Module) -> None:
+    is_asked = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if model.training and is_asked and not checkpointed_layers(model):
+        raise CaptureError(
+            f"gradient checkpointing is switched on in {type(model).__name__}, but none of its layers can be "
+            "checkpointed alone. Expected layers derived from transformers' GradientCheckpointingLayer. "
+            "Call model.gradient_checkpointing_disable()."
+        )
+
+
+def _check_module(path: str, module: nn.Module, *, is_root: bool) -> None:
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values() if not is_idle_hook(hook)]
+    if hooks and not is_root:
+        raise CaptureError(
+            f"a hook ({getattr(hooks[0], '__qualname__', hooks[0])}) is registered on {path}, and one graph of the "
+            "whole model would not call it. Expected no hooks on submodules. Remove it, or hook the model itself."
+        )
+    if hasattr(module, "_hf_hook"):
+        raise CaptureError(
+            f"the weights of {path} are offloaded (accelerate hooks), and the graph would read placeholders. "
+            "Expected all weights on the device. Load the model without a device_map."
+        )

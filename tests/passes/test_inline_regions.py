@@ -1,0 +1,57 @@
+"""Wrapped blocks become part of one flat graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from passes.inline_regions import InlineRegions, find_regions
+from surgery.errors import CaptureError
+from tests.golden import check_golden
+from tests.tracing import copy_graph, operate, trace
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        doubled = x * 2
+        order = doubled.argsort(-1)
+    return x.gather(-1, order) + doubled
+
+
+def without_autocast(x: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        scale = x.exp()
+    return x * scale
+
+
+def with_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return x @ x.transpose(1, 2)
+
+
+def test_golden() -> None:
+    done = operate(InlineRegions(), trace(without_gradient, "b s 6"))
+    check_golden("inline_regions.txt", str(done))
+    assert done.result.changed == 1
+    assert done.graph.owning_module is None
+
+
+def test_nested_regions() -> None:
+    done = operate(InlineRegions(), trace(without_autocast, "b s 6"))
+    assert done.result.changed == 2
+    assert find_regions(done.graph) == []
+    assert "= aten.exp(x)" in done.after
+
+
+def test_leaves_a_flat_graph_alone() -> None:
+    done = operate(InlineRegions(), trace(lambda x: x * 2, "b s 6"))
+    assert done.result.changed == 0
+    assert done.before == done.after
+
+
+def test_refuses_autocast_that_is_switched_on() -> None:
+    module = trace(with_autocast, "b s 6")
+    assert find_regions(copy_graph(module))
+    with pytest.raises(CaptureError, match=r"switches autocast on inside its forward.*Cast the model instead"):
+        operate(InlineRegions(), module)

@@ -1,0 +1,64 @@
+"""Attention calls are found, and heads that do not divide are refused before anything changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch.nn.functional as F
+
+from passes.locate_attention import LocateAttention, find_sites
+from surgery.errors import ConfigurationError, UnsupportedOperationError
+from surgery.metadata import Mask
+from tests.golden import check_golden
+from tests.passes.attending import KEYS, attend, causal, describe
+from tests.tracing import copy_graph, operate, trace
+
+
+def test_golden() -> None:
+    module = trace(lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True), KEYS, KEYS)
+    done = operate(LocateAttention(), module)
+    check_golden("locate_attention.txt", str(done))
+    assert done.result.changed == 1
+
+
+def test_finds_sites() -> None:
+    (site,) = find_sites(copy_graph(causal()))
+    assert (site.num_heads, site.num_kv_heads, site.head_size, site.element_size_bytes) == (8, 4, 4, 8)
+    assert site.mask == Mask(is_causal=True)
+
+
+def test_reads_masks() -> None:
+    module = trace(lambda q, k: attend(q, k, describe(q, documents=k[:, 0, :, 0], window=3)), "b 8 s 4", KEYS)
+    (site,) = find_sites(copy_graph(module))
+    assert site.mask is not None
+    assert str(site.mask) == "causal, window 3, documents"
+
+
+def test_leaves_recorded_calls_alone() -> None:
+    done = operate(LocateAttention(), causal())
+    assert done.result.changed == 0
+    assert done.before == done.after
+    assert len(done.context.sites) == 1
+
+
+def test_a_mask_of_the_models_own_has_no_description() -> None:
+    module = trace(lambda q, k: attend(q, k, (q @ k.transpose(2, 3)) > 0), "b 4 s 4", KEYS)
+    (site,) = find_sites(copy_graph(module))
+    assert site.mask is None
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "keys", "size", "message"),
+    [
+        (6, "b 6 s 4", 4, "6 heads do not divide over 4 ranks at .*Use sp_size 1, 2, 3 or 6."),
+        (24, "b 4 s 4", 6, "4 key/value heads do not divide over 6 ranks, nor .*Use sp_size 1, 2, 4, 8, 12 or 24."),
+    ],
+)
+def test_refuses_heads_that_do_not_divide(num_heads: int, keys: str, size: int, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        operate(LocateAttention(), causal(num_heads, keys), size=size)
+
+
+def test_refuses_attention_without_heads() -> None:
+    module = trace(lambda q: F.scaled_dot_product_attention(q, q, q), "b s 4")
+    with pytest.raises(UnsupportedOperationError, match=r"expected \[B, N, S, H\] query.*Reshape to 4 dims"):
+        operate(LocateAttention(), module)

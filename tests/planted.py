@@ -1,0 +1,118 @@
+"""Operations that mix tokens, planted into a small model: each must come out exact or be refused, never wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo import make_model
+
+
+def causal_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), weight[:, None, :3], groups=x.shape[-1]).transpose(1, 2)
+
+
+def pooled_by_four(x: Tensor, weight: Tensor) -> Tensor:
+    pooled = x.view(x.shape[0], x.shape[1] // 4, 4, x.shape[2]).mean(2, keepdim=True)
+    return (x.view(x.shape[0], x.shape[1] // 4, 4, x.shape[2]) + pooled).view(x.shape)
+
+
+def linear_attention(x: Tensor, weight: Tensor) -> Tensor:
+    memory = torch.einsum("bsh,bsk->bhk", x, torch.tanh(x @ weight))
+    return torch.einsum("bsh,bhk->bsk", x, memory) / x.shape[1]
+
+
+def sorted_by_norm(x: Tensor, weight: Tensor) -> Tensor:
+    order = x.norm(dim=-1).argsort(dim=1)
+    return x.gather(1, order[..., None].expand_as(x))
+
+
+def hand_written_attention(x: Tensor, weight: Tensor) -> Tensor:
+    scores = x @ (x @ weight).transpose(1, 2) / 8
+    length = x.shape[1]
+    visible = torch.arange(length)[:, None] >= torch.arange(length)[None, :]
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ x
+
+
+def batch_statistics(x: Tensor, weight: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return ((flat - flat.mean(0)) / (flat.var(0) + 1).sqrt()).view_as(x)
+
+
+PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "causal_convolution": causal_convolution,
+    "roll": lambda x, w: x + x.roll(1, 1) @ w,
+    "roll_flat": lambda x, w: x + x.roll(3),
+    "cumsum": lambda x, w: x.cumsum(1) / x.shape[1],
+    "mean_fed_back": lambda x, w: x + x.mean(1, keepdim=True) @ w,
+    "mean_of_all": lambda x, w: x * x.mean(),
+    "sum_then_divide": lambda x, w: x + x.sum(1, keepdim=True) / x.size(1),
+    "max_over_tokens": lambda x, w: x + x.amax(1, keepdim=True),
+    "variance_over_tokens": lambda x, w: x / (x.var(1, keepdim=True) + 1).sqrt(),
+    "batch_statistics": batch_statistics,
+    "flip": lambda x, w: x + x.flip(1) @ w,
+    "shift_by_slice": lambda x, w: F.pad(x[:, :-1], (0, 0, 1, 0)) @ w + x,
+    "first_token": lambda x, w: x + x[:, :1] @ w,
+    "last_token": lambda x, w: x + x[:, -1][:, None] @ w,
+    "every_other_token": lambda x, w: x + x[:, ::2].repeat_interleave(2, dim=1),
+    "cat_shifted": lambda x, w: torch.cat([x[:, 1:], x[:, :1]], dim=1) @ w + x,
+    "chunk_tokens": lambda x, w: torch.cat(x.chunk(2, dim=1)[::-1], dim=1) + x,
+    "pooled_by_four": pooled_by_four,
+    "softmax_over_tokens": lambda x, w: x * x.softmax(1),
+    "linear_attention": linear_attention,
+    "hand_written_attention": hand_written_attention,
+    "sorted_by_norm": sorted_by_norm,
+    "transposed_matmul": lambda x, w: x + (x.transpose(1, 2) @ x).mean(1, keepdim=True),
+    "layer_norm_over_tokens": lambda x, w: F.layer_norm(x.transpose(1, 2), (x.shape[1],)).transpose(1, 2),
+    "layer_norm_over_both": lambda x, w: F.layer_norm(x, x.shape[1:]),
+    "average_pool": lambda x, w: x + F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "max_pool": lambda x, w: x + F.max_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "fft": lambda x, w: x + torch.fft.fft(x, dim=1).real / x.shape[1],
+    "cummax": lambda x, w: x + x.cummax(1).values,
+    "topk_tokens": lambda x, w: x + x.topk(2, dim=1).values.sum(1, keepdim=True),
+    "unfold": lambda x, w: x + F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).mean(-1),
+    "difference": lambda x, w: x + torch.diff(x, dim=1, prepend=x[:, :1]),
+    "tril_of_scores": lambda x, w: (x @ x.transpose(1, 2)).tril() @ x / x.shape[1],
+    "position_dependent": lambda x, w: x * torch.arange(x.shape[1])[None, :, None] / x.shape[1],
+    "one_number_per_batch": lambda x, w: x * x.norm(),
+    "token_count_scale": lambda x, w: x * x.shape[1],
+    "in_place": lambda x, w: (x * 1.0).add_(x.mean(1, keepdim=True)).mul_(2),
+    "scatter_over_tokens": lambda x, w: x + torch.zeros_like(x).scatter(1, (x > 0).long(), x),
+    "index_reversed": lambda x, w: x + x[:, torch.arange(x.shape[1] - 1, -1, -1)],
+    "view_merging_tokens": lambda x, w: x + x.reshape(x.shape[0], -1).cumsum(-1).view(x.shape) / 1000,
+    "swapped_batch": lambda x, w: (
+        x
+        + x.transpose(0, 1)
+        .reshape(x.shape[1] * x.shape[0], -1)
+        .roll(1, 0)
+        .view(x.shape[1], x.shape[0], -1)
+        .transpose(0, 1)
+    ),
+}
+
+
+class Planted(nn.Module):
+    """An MLP whose input has gone through a planted operation."""
+
+    def __init__(self, mlp: nn.Module, name: str, width: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.name = name
+        self.weight = nn.Parameter(torch.randn(width, width) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.mlp(PLANTED[self.name](x, self.weight))
+        return output
+
+
+def make_planted(name: str) -> Any:
+    """A Llama whose first layer has the operation `name` before its MLP."""
+    model = make_model("llama")
+    torch.manual_seed(2)
+    layer = model.model.layers[0]
+    layer.mlp = Planted(layer.mlp, name, 64)
+    return model

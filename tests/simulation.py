@@ -1,0 +1,94 @@
+"""All ranks in one process: a rewritten graph run by threads that meet where ranks would communicate.
+
+    run_ranks(graph, size, inputs)    ->   [outputs of rank 0, outputs of rank 1, ...]
+
+Autograd sees one program: what the ranks' backwards leave in a shared input is added up, as the ranks' gradients are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery import collectives
+from surgery.collectives import Axis
+from surgery.private import GroupName
+
+TIMEOUT_S = 60
+COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", "all_to_all_first_dim")
+
+
+def run_ranks(graph: fx.Graph, size: int, inputs: tuple[Tensor, ...]) -> list[Any]:
+    """Run a graph that was rewritten for any one rank on all of them, which are given the same inputs."""
+    with simulated_ranks(size) as run:
+        return run(lambda axis: _Rank(graph, axis).run(*inputs))
+
+
+class _Rank(fx.Interpreter):
+    """Interprets a rewritten graph as one rank would, whichever rank it was rewritten for."""
+
+    def __init__(self, graph: fx.Graph, axis: Axis) -> None:
+        super().__init__(graph.owning_module or nn.Module(), graph=graph)
+        self.axis = axis
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, args, {**kwargs, "axis": self.axis} if "axis" in kwargs else kwargs)
+
+
+class _Meeting:
+    """Where the threads swap tensors: each hands in its own and leaves with everyone's."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=TIMEOUT_S)
+        self.own = threading.local()
+        self.size = size
+        self.sent: list[Tensor] = [torch.empty(0)] * size
+
+    def swap(self, x: Tensor) -> list[Tensor]:
+        self.sent[self.own.rank] = x
+        self.barrier.wait()
+        received = list(self.sent)
+        self.barrier.wait()
+        return received
+
+    def all_gather_first_dim(self, x: Tensor, size: int, group_name: str) -> Tensor:
+        return torch.cat(self.swap(x))
+
+    def all_reduce_sum(self, x: Tensor, group_name: str) -> Tensor:
+        return torch.stack(self.swap(x)).sum(0)
+
+    def all_to_all_first_dim(self, x: Tensor, group_name: str) -> Tensor:
+        return torch.cat([sent.chunk(self.size)[self.own.rank] for sent in self.swap(x)])
+
+    def attend(self, rank: int, function: Callable[[Axis], Any]) -> Any:
+        self.own.rank = rank
+        try:
+            return function(Axis(self.size, rank, GroupName("simulated")))
+        except BaseException:
+            self.barrier.abort()
+            raise
+
+
+@contextmanager
+def simulated_ranks(size: int) -> Iterator[Callable[[Callable[[Axis], Any]], list[Any]]]:
+    """Within the block, `run(function)` calls `function(axis)` for all ranks at once: [result of rank 0, ...]."""
+    meeting = _Meeting(size)
+
+    def run(function: Callable[[Axis], Any]) -> list[Any]:
+        with ThreadPoolExecutor(max_workers=size) as threads:
+            futures = [threads.submit(meeting.attend, rank, function) for rank in range(size)]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return [future.result() for future in futures]
+
+    simulated = {name: getattr(meeting, name) for name in COLLECTIVES}
+    with mock.patch.multiple(collectives, **simulated):
+        yield run

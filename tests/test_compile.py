@@ -1,0 +1,132 @@
+"""torch.compile on a transformed model: one graph, no recompilation, exact, and the packing fused by Inductor."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from surgery import restore, transform
+from tests.proof import TOLERANCE, gradients_of, relative_error
+from tests.ranks import RankPool
+from tests.zoo import make_batch, make_model
+
+LENGTHS = (32, 48, 64, 36, 32)
+COMPILED_FIRST = 2  # the first length is compiled as a constant, the second makes the dimension dynamic
+
+
+def _errors(model: Any, reference: Any, compiled: Any, length: int) -> float:
+    batch = make_batch(2, length)
+    expected, found = reference(**batch, use_cache=False), compiled(**batch)
+    errors = [relative_error(found.loss, expected.loss)]
+    if model.training:
+        expected.loss.backward()
+        found.loss.backward()
+        whole = gradients_of(reference)
+        group = model.surgery.mpu.get_sequence_parallel_group()
+        errors += [relative_error(g, whole[name], 1e-4) for name, g in gradients_of(model, group).items()]
+        model.zero_grad()
+        reference.zero_grad()
+    return max(errors)
+
+
+def _run_lengths(backend: str, name: str, lengths: tuple[int, ...], is_training: bool) -> tuple[float, int]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make_model(name, num_hidden_layers=1).train(is_training)
+    reference = copy.deepcopy(model)
+    transform(model, 4)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    worst = max(_errors(model, reference, compiled, length) for length in lengths[:COMPILED_FIRST])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        worst = max([worst, *(_errors(model, reference, compiled, length) for length in lengths[COMPILED_FIRST:])])
+    num_breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    restore(model)
+    return worst, num_breaks
+
+
+@pytest.mark.parametrize(("name", "is_training"), [("llama", True), ("gpt2", False)])
+def test_one_graph_for_all_lengths(ranks: RankPool, name: str, is_training: bool) -> None:
+    for worst, num_breaks in ranks.run(_run_lengths, "aot_eager", name, LENGTHS, is_training):
+        assert num_breaks == 0
+        assert worst <= TOLERANCE[torch.float32]
+
+
+def test_inductor_is_exact(ranks: RankPool) -> None:
+    for worst, num_breaks in ranks.run(_run_lengths, "inductor", "llama", LENGTHS[:3], True):
+        assert num_breaks == 0
+        assert worst <= TOLERANCE[torch.float32]
+
+
+def _captured_while_compiling() -> tuple[int, float]:
+    """A signature seen for the first time by Dynamo itself: no labels, and eval mode."""
+    torch._dynamo.reset()
+    model = transform(make_model("qwen2", num_hidden_layers=1), 2)
+    reference = make_model("qwen2", num_hidden_layers=1)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    ids = make_batch(2, 32)["input_ids"]
+    train = model.surgery.gather(compiled(input_ids=ids).logits)
+    model.eval()
+    reference_eval = reference(input_ids=ids).logits
+    evaluated = model.surgery.gather(compiled(input_ids=ids).logits)
+    worst = max(relative_error(train, reference_eval), relative_error(evaluated, reference_eval))
+    num_programs = len(model.surgery.programs)
+    restore(model)
+    return num_programs, worst
+
+
+def test_signatures_are_captured_while_compiling(ranks: RankPool) -> None:
+    for num_programs, worst in ranks.run(_captured_while_compiling):
+        assert num_programs == 3
+        assert worst <= TOLERANCE[torch.float32]
+
+
+@pytest.fixture
+def fake_ranks() -> Iterator[None]:
+    """Two ranks of which only this one exists: collectives return at once, for looking at code and not at numbers."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def _generated_code(model: nn.Module) -> tuple[str, str]:
+    """What Inductor generates to run the forward and the backward: kernel launches, collectives, matrix products."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    _, codes = run_and_get_code(lambda: compiled(**make_batch(2, 32)).loss.backward())
+    forward, backward = (code[code.index("def call") :] for code in codes)
+    return forward, backward
+
+
+def _kernels(code: str) -> list[str]:
+    return re.findall(r"^ +(cpp_fused\w+)\(", code, flags=re.MULTILINE)
+
+
+@pytest.mark.usefixtures("fake_ranks")
+def test_inductor_fuses_the_packing() -> None:
+    """The first all-to-all is packed by the kernel that applies RoPE, and attention reads what arrives in place.
+
+    Besides what the unsharded model has there are two kernels: one unpacks what the second all-to-all brings, one cuts
+    the integer labels for the backward. The collectives are those of the eager model.
+    """
+    model = make_model("llama", num_hidden_layers=1)
+    whole, _ = _generated_code(copy.deepcopy(model))
+    forward, backward = _generated_code(transform(model, 2, check_inputs="never"))
+    assert len(_kernels(forward)) <= len(_kernels(whole)) + 2
+    before, between, _ = re.split(r"_c10d_functional\.all_to_all_single\.default\(", forward)
+    packing = _kernels(before)[-1]
+    assert all(word in packing for word in ("cos", "sin", "cat", "neg")), packing
+    assert not _kernels(between), "a kernel stands between the two all-to-alls of one attention call"
+    for code in (forward, backward):
+        assert code.count("all_to_all_single.default(") == 2
+        assert code.count("all_reduce_.default(") == 1

@@ -1,0 +1,41 @@
+"""Operations that mix tokens come out exact or are refused by name, never wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from surgery import SurgeryError, UnsupportedOperationError, transform
+from tests.planted import PLANTED, make_planted
+from tests.proof import assert_exact, compare
+from tests.ranks import RankPool
+from tests.zoo import make_batch, make_model
+
+NOT_EXPORTABLE = {"max_pool": "torch.export", "chunk_tokens": "torch.export"}
+
+
+def _prove_planted(name: str) -> dict[str, float] | str:
+    try:
+        return compare(make_planted(name), 2, make_batch(2, 32))
+    except SurgeryError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted(ranks: RankPool, name: str) -> None:
+    results = ranks.run(_prove_planted, name)
+    if name in NOT_EXPORTABLE:
+        assert all(isinstance(result, str) and NOT_EXPORTABLE[name] in result for result in results)
+    else:
+        assert_exact(results)
+
+
+@pytest.mark.parametrize("name", ["causal_convolution", "roll", "cumsum", "first_token"])
+def test_refused_on_request(name: str) -> None:
+    model = make_planted(name)
+    with pytest.raises(UnsupportedOperationError, match=r"mlp.*planted\.py:\d+.*on_unknown"):
+        transform(model, 4, on_unknown="refuse")
+    assert "surgery" not in model.__dict__
+
+
+def test_plain_models_need_no_gathering() -> None:
+    transform(make_model("llama"), 4, on_unknown="refuse")

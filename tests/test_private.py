@@ -1,0 +1,225 @@
+"""What is used of torch and transformers beyond their public API: each fails here first when it moves."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+from transformers.exporters.utils import apply_patches
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import surgery
+from surgery import private
+from surgery.attention import IGNORED_KWARGS, MEANINGFUL_KWARGS, record_attention, record_mask
+from surgery.capture import capture
+from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
+from surgery.signature import bind_call, describe_tensors
+from tests.ranks import RankPool
+from tests.tracing import trace
+from tests.zoo import make_batch, make_config, make_model
+
+SP_SIZE = 4
+GUARDED_PACKAGES = ("surgery", "passes")
+EXPECTED_PRIVATE = {
+    "torch._dynamo",
+    "torch._functorch",
+    "torch._ops",
+    "torch.distributed._functional_collectives",
+    "torch.utils._pytree",
+    "torch.utils._sympy",
+}
+"""Every underscored name of torch that the two packages mention; a new one wants a test below."""
+
+
+def test_no_other_private_name_is_used() -> None:
+    root = Path(surgery.__file__).parents[1]
+    sources = [path.read_text() for package in GUARDED_PACKAGES for path in sorted((root / package).rglob("*.py"))]
+    text = re.sub(r"from (torch[\w.]*) import (_\w+)", r"\1.\2", "\n".join(sources))
+    found = set(re.findall(r"(?<![\w.])torch(?:\.[a-z]\w*)*\._[A-Za-z]\w*", text))
+    assert {name for name in found if not name.startswith("torch.ops.")} <= EXPECTED_PRIVATE
+
+
+def _collectives() -> tuple[float, float, float]:
+    """The errors of the three collectives and their adjoints, on this rank."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    name = group.group_name
+    x = (torch.arange(SP_SIZE, dtype=torch.float64) + 10 * rank).requires_grad_()
+    ranks = torch.arange(SP_SIZE, dtype=torch.float64)
+
+    gathered = private.all_gather_first_dim(x, SP_SIZE, name)
+    (scattered,) = torch.autograd.grad(gathered, x, torch.arange(SP_SIZE * SP_SIZE, dtype=torch.float64))
+    gather_error = (gathered - (10 * ranks[:, None] + ranks).flatten()).abs().max()
+    gather_error += (scattered - SP_SIZE * (SP_SIZE * rank + ranks)).abs().max()
+
+    reduced = private.all_reduce_sum(x, name)
+    (spread,) = torch.autograd.grad(reduced, x, torch.full_like(x, rank))
+    reduce_error = (reduced - (SP_SIZE * ranks + 60)).abs().max() + (spread - 6).abs().max()
+
+    swapped = private.all_to_all_first_dim(x, name)
+    (returned,) = torch.autograd.grad(swapped, x, torch.full_like(x, rank))
+    swap_error = (swapped - (10 * ranks + rank)).abs().max() + (returned - ranks).abs().max()
+    return float(gather_error), float(reduce_error), float(swap_error)
+
+
+def test_functional_collectives_are_adjoint_pairs(ranks: RankPool) -> None:
+    assert ranks.run(_collectives) == [(0.0, 0.0, 0.0)] * SP_SIZE
+
+
+def test_operators_have_schemas_and_tags() -> None:
+    target = torch.ops.aten.add.Tensor
+    assert isinstance(target, torch._ops.OpOverload)
+    assert target._schema.name == "aten::add"
+    assert [argument.name for argument in target._schema.arguments] == ["self", "other", "alpha"]
+    assert target._schema.arguments[2].default_value == 1
+    assert not target._schema.is_mutable
+    assert torch.Tag.pointwise in target.tags
+    assert torch.Tag.nondeterministic_seeded in torch.ops.aten.rand_like.default.tags
+
+
+def test_higher_order_operators_wrap_blocks() -> None:
+    assert torch.ops.higher_order.wrap_with_set_grad_enabled
+    assert torch.ops.higher_order.wrap_with_autocast
+    assert torch.ops.aten._assert_scalar.default
+    assert torch.ops.aten._assert_tensor_metadata.default
+
+
+class _WithBuffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("kept", torch.ones(3))
+        self.register_buffer("dropped", torch.ones(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x * self.scale * self.get_buffer("kept") * self.get_buffer("dropped")
+        return nn.functional.layer_norm(scaled, (3,)) + torch.tensor([1.0, 2.0, 3.0])
+
+
+def test_export_lifts_parameters_buffers_and_constants_by_name() -> None:
+    dynamic = {"x": {0: Dim("batch"), 1: Dim("sequence")}}
+    program = torch.export.export(
+        _WithBuffers(),
+        (),
+        {"x": torch.ones(2, 8, 3)},
+        dynamic_shapes=dynamic,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    targets = {spec.kind: spec.target for spec in program.graph_signature.input_specs}
+    assert targets[InputKind.PARAMETER] == "scale"
+    assert targets[InputKind.BUFFER] in ("kept", "dropped")
+    assert targets[InputKind.CONSTANT_TENSOR] in program.constants
+    assert {spec.kind for spec in program.graph_signature.output_specs} == {OutputKind.USER_OUTPUT}
+    assert program.call_spec.out_spec is not None
+    size = program.graph.find_nodes(op="placeholder")[-1].meta["val"].shape[1]
+    assert isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+    assert {"val", "stack_trace"} <= set(_call(program.graph, "layer_norm").meta)
+
+
+def _call(graph: fx.Graph, name: str) -> fx.Node:
+    return next(node for node in graph.nodes if name in node.name)
+
+
+def test_nodes_know_their_module_and_source() -> None:
+    captured = _captured("llama")
+    node = _call(captured, "silu")
+    path, module_class = next(reversed(node.meta["nn_module_stack"].values()))
+    assert path.startswith("model.layers.0.mlp")
+    assert "LlamaMLP" in str(module_class) or "SiLU" in str(module_class)
+    assert "modeling_llama.py" in node.meta["stack_trace"]
+
+
+def test_experts_are_named_by_class() -> None:
+    stacks = [node.meta.get("nn_module_stack") or {} for node in _captured("mixtral").nodes]
+    classes = {str(getattr(c, "__qualname__", c)) for stack in stacks for _, c in stack.values()}
+    assert any(name.rsplit(".", 1)[-1].endswith(TOKEN_LOCAL_SUFFIX) for name in classes)
+    assert TRUSTED_PACKAGE.startswith(transformers.__name__)
+
+
+def _captured(name: str) -> fx.Graph:
+    with torch.device("meta"):
+        model = make_model(name, num_hidden_layers=1)
+    batch = {key: value.to("meta") for key, value in make_batch(2, 16).items()}
+    call = bind_call(inspect.signature(model.forward), (), batch)
+    signature = surgery.signature.Signature(describe_tensors(call), (), True, None, 0)
+    return capture(model, signature, (2, 16)).graph
+
+
+def test_export_says_so_when_a_length_is_fixed() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if int(x.shape[1]) == 8 else x
+
+    with pytest.raises(UserError, match=r"Constraints violated|[Ss]pecializ"):
+        torch.export.export(Fixed(), (torch.ones(2, 8),), dynamic_shapes=({1: Dim("sequence")},), strict=False)
+
+
+def test_sizes_that_depend_on_data_are_told_apart() -> None:
+    graph = trace(lambda x: (x > 0).nonzero(), "b s").graph
+    given, found = (_call(graph, name).meta["val"].shape[0].node.expr for name in ("x", "nonzero"))
+    assert symbol_is_type(found, SymT.UNBACKED_INT)
+    assert symbol_is_type(given, SymT.SIZE)
+
+
+def test_the_names_that_sympy_sizes_have() -> None:
+    length = sympy.Symbol("s", integer=True, positive=True)
+    assert isinstance(FloorDiv(length, 4), FloorDiv)
+    assert FloorDiv(length, 4).args == (length, 4)
+
+
+@pytest.mark.parametrize("registry", [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS])
+def test_registries_shadow_and_restore_entries(registry: Any) -> None:
+    original = registry["sdpa"]
+    registry["sdpa"] = print
+    assert registry["sdpa"] is print
+    del registry["sdpa"]
+    assert registry["sdpa"] is original
+    assert registry.get("no such implementation") is None
+
+
+def test_recording_takes_what_transformers_passes() -> None:
+    given = set(inspect.signature(sdpa_mask).parameters) - {"args", "kwargs"}
+    understood = set(inspect.signature(record_mask).parameters)
+    assert {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"} <= given
+    assert given - understood <= {"local_size", "use_vmap"}
+    own = inspect.signature(transformers.integrations.sdpa_attention.sdpa_attention_forward).parameters
+    recorded = inspect.signature(record_attention).parameters
+    assert set(own) - {"kwargs"} <= set(recorded) | IGNORED_KWARGS | MEANINGFUL_KWARGS
+
+
+def test_exporter_patches_are_undone() -> None:
+    assert importlib.import_module("transformers.exporters.exporter_dynamo")
+    before = vars(transformers.masking_utils).copy()
+    with apply_patches("dynamo"):
+        pass
+    assert vars(transformers.masking_utils) == before
+
+
+def test_output_recorders_are_recognised() -> None:
+    module = importlib.import_module("transformers.utils.output_capturing")
+    functions = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+    assert functions
+    assert all(private.is_idle_hook(function) for function in functions if callable(function))
+    assert not private.is_idle_hook(lambda *args: None)
+
+
+def test_configs_hold_their_implementations() -> None:
+    config = make_config("mixtral", attn_implementation="sdpa")
+    assert config._attn_implementation == "sdpa"
+    assert hasattr(config, "_experts_implementation")

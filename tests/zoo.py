@@ -1,0 +1,98 @@
+"""Tiny models of many architectures, from configs with fixed seeds: 8 query heads, 4 key/value heads if any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB_SIZE = 99
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NO_DROPOUT = dict.fromkeys(
+    (
+        "attention_dropout",
+        "attn_pdrop",
+        "dropout",
+        "embd_pdrop",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "activation_dropout",
+        "classifier_dropout",
+        "embed_dropout",
+        "emb_dropout_prob",
+        "hidden_dropout",
+        "residual_dropout",
+        "resid_pdrop",
+    ),
+    0.0,
+)
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 8},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi": {},
+    "phi3": {"original_max_position_embeddings": 512},
+    "gpt2": {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 512},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 0},
+    "olmo2": {},
+    "glm4": {"head_dim": 16},
+    "cohere": {},
+    "granite": {},
+    "starcoder2": {"sliding_window": None},
+    "smollm3": {},
+    "nemotron": {"head_dim": 8},
+    "stablelm": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 16, "sliding_window": 8},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "bloom": {"n_head": 8, "n_layer": 2},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True},
+    "gptj": {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 512, "rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 8, "window_size": 8},
+    "bert": {"is_decoder": True, "pad_token_id": 0},
+}
+"""Soft caps, sinks, ALiBi, hand-written attention, tables of positions, an encoder's blocks: nothing made for them."""
+
+
+def make_config(name: str, **changes: Any) -> Any:
+    """The shrunk configuration of an architecture, without dropout."""
+    return AutoConfig.for_model(name, **{**COMMON, **NO_DROPOUT, **(ARCHITECTURES | OTHERS)[name], **changes})
+
+
+def make_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A model with random weights, also where the class would start from zeros or ones."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(name, **changes)).to(dtype)
+    if dtype == torch.float64 and hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # torch's grouped_mm has no float64 kernel
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.train()
+
+
+def make_batch(batch_size: int, length: int, *, seed: int = 1, vocab_size: int = VOCAB_SIZE) -> dict[str, torch.Tensor]:
+    """Ids, and labels ignored unevenly: a third of the tokens, and the whole second half of the first sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab_size, (batch_size, length), generator=generator)
+    ignored = torch.rand(ids.shape, generator=generator) < 0.3
+    ignored[0, length // 2 :] = True
+    return {"input_ids": ids, "labels": ids.masked_fill(ignored, -100)}
