@@ -13,25 +13,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from unittest import mock
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import Function
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from surgery.attention import recorded_attention
+from surgery.custom_backward import refuse_custom_backward
 from surgery.errors import CaptureError
 from surgery.private import UserError, export_patches, functionalized
 from surgery.shapes import to_expr
 from surgery.signature import SEQUENCE_INPUTS, Signature, TensorInput
 
 TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
-
-
 SHORT_LENGTH = 16
 
 
@@ -70,7 +67,7 @@ def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) ->
         stack.enter_context(recorded_attention(attention_implementations(model), arguments))
         stack.enter_context(_traceable_config(model))
         stack.enter_context(_without_checkpointing(model))
-        stack.enter_context(_no_custom_backward())
+        stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
         stack.enter_context(_flat_forward(model, names, dict(signature.constants)))
         try:
@@ -192,23 +189,6 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched_on:
             module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-@contextmanager
-def _no_custom_backward() -> Iterator[None]:
-    """Refuse `torch.autograd.Function`s of a model's own: a trace keeps their forward and loses their backward."""
-    original = Function.apply
-
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            raise CaptureError(
-                f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function, and a captured graph would "
-                "lose its backward. Expected operations that torch differentiates. Write it as a custom op."
-            )
-        return original.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
-
-    with mock.patch.object(Function, "apply", classmethod(apply)):
-        yield
 
 
 def _is_mutable(node: fx.Node) -> bool:

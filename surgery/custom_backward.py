@@ -1,0 +1,99 @@
+"""`torch.autograd.Function`s of a model's own: a trace keeps their forward and loses their backward.
+
+    backward is the derivative of forward     GeLUFunction of bloom       traced: autograd gives the same gradient
+    backward is something else                a straight-through round    refused: the gradient would change
+
+Which of the two it is cannot be read off a class, so it is tried: both gradients, on random float64 inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from surgery.errors import CaptureError
+
+TOLERANCE = 1e-6  # bloom writes its constants with 8 digits
+SCALES = (1.0, 30.0)  # of inputs and cotangents: a backward that clips shows at one of them
+
+
+@contextmanager
+def refuse_custom_backward() -> Iterator[None]:
+    """While a model is traced, refuse functions whose backward is not the derivative of their forward."""
+    original = Function.apply
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        call = original.__func__  # type: ignore[attr-defined]
+        if not cls.__module__.startswith("torch.") and not is_derivative(cls, args, call):
+            raise CaptureError(
+                f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function whose backward is not the "
+                "derivative of its forward, and a captured graph would lose it. Expected operations that torch "
+                "differentiates. Write it as a custom op."
+            )
+        return call(cls, *args, **kwargs)
+
+    with mock.patch.object(Function, "apply", classmethod(apply)):
+        yield
+
+
+def is_derivative(cls: type[Function], args: tuple[Any, ...], call: Callable[..., Any]) -> bool:
+    """Whether `cls.backward` gives what autograd makes of `cls.forward`, for arguments like `args`.
+
+    Tried in a thread of its own, which the modes of the trace do not reach. What cannot be tried is not a derivative.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_try, cls, args, call).result()
+
+
+def _try(cls: type[Function], args: tuple[Any, ...], call: Callable[..., Any]) -> bool:
+    try:
+        return all(_agrees(cls, [_example(arg, scale) for arg in args], call, scale) for scale in SCALES)
+    except Exception:
+        return False
+
+
+def _agrees(cls: type[Function], args: list[Any], call: Callable[..., Any], scale: float) -> bool:
+    has_context = cls.setup_context is Function.setup_context
+    context = (FunctionCtx(),) if has_context else ()
+    own = _gradients(lambda *a: call(cls, *a), args, scale)
+    plain = _gradients(lambda *a: cls.forward(*context, *a), args, scale)
+    return all(
+        torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE) for one, other in zip(own, plain, strict=True)
+    )
+
+
+def _gradients(function: Callable[..., Any], args: list[Any], scale: float) -> list[Tensor]:
+    """The outputs of `function`, and the gradients of a weighted sum of them."""
+    inputs = [arg.clone().requires_grad_() if _is_floating(arg) else arg for arg in args]
+    result = function(*(x.clone() if _is_floating(x) else x for x in inputs))
+    outputs = [x for x in (result if isinstance(result, tuple) else (result,)) if _is_floating(x)]
+    total = sum((x * torch.linspace(scale, 2 * scale, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in outputs)
+    assert isinstance(total, Tensor)
+    sources = [x for x in inputs if _is_floating(x)]
+    gradients = torch.autograd.grad(total, sources, allow_unused=True)
+    return [*outputs, *(torch.zeros_like(x) if g is None else g for x, g in zip(sources, gradients, strict=True))]
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _example(arg: Any, scale: float) -> Any:
+    """A real argument like a traced one: tensors of the traced sizes, random where floating, zero where not."""
+    if isinstance(arg, torch.SymInt):
+        return arg.node.hint
+    if not isinstance(arg, Tensor):
+        return arg
+    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in arg.shape]
+    if not arg.is_floating_point():
+        return torch.zeros(sizes, dtype=arg.dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(sizes, dtype=torch.float64, generator=generator) * scale
