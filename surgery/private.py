@@ -53,13 +53,18 @@ def export_patches() -> Iterator[None]:
 
 
 def functionalized(program: ExportedProgram) -> ExportedProgram:
-    """The same program without in-place operations, none decomposed.
+    """The same program without in-place operations, none decomposed but `copy`, which `x[:, 1:] = y` leaves behind.
 
     torch 2.11 to 2.13 copy a deprecated tree spec on the way and warn of it; to be deleted when they no longer do.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        return program.run_decompositions({})
+        return program.run_decompositions({torch.ops.aten.copy.default: _copy})
+
+
+def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `aten.copy` gives, in operations that have a derivative: it has none itself in torch 2.11 to 2.13."""
+    return source.to(destination).expand_as(destination)
 
 
 def is_idle_hook(hook: Callable[..., Any]) -> bool:

@@ -43,6 +43,13 @@ def batch_statistics(x: Tensor, weight: Tensor) -> Tensor:
     return ((flat - flat.mean(0)) / (flat.var(0) + 1).sqrt()).view_as(x)
 
 
+def written_in_place(x: Tensor, weight: Tensor) -> Tensor:
+    shifted = x.clone()
+    shifted[:, :-1] = x[:, 1:]
+    shifted[:, -1] = 0
+    return shifted @ weight
+
+
 PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "causal_convolution": causal_convolution,
     "roll": lambda x, w: x + x.roll(1, 1) @ w,
@@ -81,6 +88,7 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one_number_per_batch": lambda x, w: x * x.norm(),
     "token_count_scale": lambda x, w: x * x.shape[1],
     "in_place": lambda x, w: (x * 1.0).add_(x.mean(1, keepdim=True)).mul_(2),
+    "written_in_place": written_in_place,
     "scatter_over_tokens": lambda x, w: x + torch.zeros_like(x).scatter(1, (x > 0).long(), x),
     "index_reversed": lambda x, w: x + x[:, torch.arange(x.shape[1] - 1, -1, -1)],
     "view_merging_tokens": lambda x, w: x + x.reshape(x.shape[0], -1).cumsum(-1).view(x.shape) / 1000,

@@ -223,3 +223,10 @@ def test_configs_hold_their_implementations() -> None:
     config = make_config("mixtral", attn_implementation="sdpa")
     assert config._attn_implementation == "sdpa"
     assert hasattr(config, "_experts_implementation")
+
+
+def test_copies_in_place_keep_their_gradient() -> None:
+    x, y = torch.zeros(2, 3, dtype=torch.float64), torch.ones(3, requires_grad=True)
+    private._copy(x, y).sum().backward()
+    assert torch.equal(private._copy(x, y), torch.ops.aten.copy(x, y))
+    assert torch.equal(y.grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
