@@ -39,8 +39,8 @@ class ExtractAssumptions:
 
 
 def find_assumptions(graph: fx.Graph, context: Context) -> dict[fx.Node, sympy.Basic]:
-    """The assertions that speak of nothing but batch size and sequence length, with what they say."""
-    known = {context.length, context.batch}
+    """The assertions that speak of nothing but batch size and sequence lengths, with what they say."""
+    known = {*context.lengths, context.batch}
     found = {}
     for node in graph.find_nodes(op="call_function", target=ASSERT):
         condition = _condition(node.args[0])

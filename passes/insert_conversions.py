@@ -118,10 +118,11 @@ class _Editor:
             _set_argument(node, step.sizes, sizes)
 
     def _local(self, size: Any, node: fx.Node) -> Any:
-        """`size` divided by P where it counts the tokens of the whole sequence."""
+        """`size` divided by P where it counts the tokens of a whole sequence."""
         if not isinstance(size, fx.Node) or not isinstance(size.meta.get("val"), torch.SymInt):
             return size
-        if quotient(to_expr(size.meta["val"]), self.context.length) is None:
+        expr = to_expr(size.meta["val"])
+        if all(quotient(expr, length) is None for length in self.context.lengths):
             return size
         self.num_local_sizes += 1
         with self.graph.inserting_before(node):

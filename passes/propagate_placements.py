@@ -23,8 +23,8 @@ from surgery.pipeline import PassResult
 from surgery.placement import PARTIAL, REPLICATED, Placement, Sharded
 from surgery.regions import check_border, region_of, region_step
 from surgery.rules import Call, Step, find_rule
-from surgery.rules.call import make_call, only_dim, replicated, tensor_nodes
-from surgery.shapes import length_dims
+from surgery.rules.call import make_call, replicated, tensor_nodes
+from surgery.shapes import length_dims, only_length_dim
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def find_placements(graph: fx.Graph, context: Context) -> dict[fx.Node, NodeFact
 
 def _decide(node: fx.Node, found: dict[fx.Node, NodeFacts], context: Context) -> NodeFacts:
     placements: dict[fx.Node, Placement] = {source: found[source].placement for source in tensor_nodes(node)}
-    call = make_call(node, placements, context.length)
+    call = make_call(node, placements, context.lengths)
     if region_of(node) is not None:
         step = region_step(call)
         return NodeFacts(step.results, "region" if step.is_sharded else "replicated", step)
@@ -87,7 +87,7 @@ def _decide_whole(call: Call) -> NodeFacts:
     """An operation on whole values: sharded all the same if its result is floating and has a sequence dimension."""
     row = find_rule(call.node.target)
     if row is not None and _is_heavy(call):
-        dims = [only_dim(operand, call.length) for operand in call.operands]
+        dims = [only_length_dim(operand.shape, call.lengths) for operand in call.operands]
         tentative = call.with_placements(tuple(REPLICATED if dim is None else Sharded(dim) for dim in dims))
         step = row.rule(tentative) if tentative.sharded or row.creates else None
         if step is not None and step.is_sharded and not _gathers(step, tentative):
@@ -106,7 +106,7 @@ def _is_heavy(call: Call) -> bool:
     value = call.node.meta["val"]
     first = value[0] if isinstance(value, (tuple, list)) else value
     is_floating = isinstance(first, Tensor) and first.is_floating_point()
-    return is_floating and len(length_dims(call.shape, call.length)) == 1
+    return is_floating and len(length_dims(call.shape, call.lengths)) == 1
 
 
 def _gathers(step: Step, call: Call) -> bool:

@@ -14,6 +14,7 @@ from torch import fx
 from surgery.collectives import Axis
 from surgery.placement import REPLICATED, Placement
 from surgery.rules.call import Step
+from surgery.shapes import Lengths
 
 KEY = "surgery"
 
@@ -108,10 +109,13 @@ class PassRecord:
 
 @dataclass
 class Context:
-    """What all passes over one graph share: the mesh axis, the options, the sequence, and the facts found so far."""
+    """What all passes over one graph share: the mesh axis, the options, the sequences, and the facts found so far.
+
+    `lengths` are those of the model's sequences, the leading one first: the encoder's S, then the decoder's T.
+    """
 
     axis: Axis
-    length: sympy.Symbol
+    lengths: Lengths
     batch: sympy.Symbol | None
     sizes: dict[sympy.Symbol, fx.Node]
     fixed_length: int | None = None
@@ -122,6 +126,11 @@ class Context:
     assumptions: list[sympy.Basic] = field(default_factory=list)
     facts: set[str] = field(default_factory=set)
     records: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def length(self) -> sympy.Symbol:
+        """The length of the leading sequence."""
+        return self.lengths[0]
 
 
 def module_path(node: fx.Node) -> str:

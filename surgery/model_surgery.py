@@ -149,7 +149,7 @@ class ModelSurgery:
         options = self.options
         context = Context(
             self.axis,
-            captured.length,
+            (captured.length,),
             captured.batch,
             sizes={},
             fixed_length=None if options.seq_length_is_variable else options.seq_length,

@@ -112,7 +112,7 @@ def _whole_values(program: Program) -> Iterator[Whole]:
         value, placement = node.meta.get("val"), facts_of(node).placement
         if not is_shown(node) or not isinstance(value, Tensor) or not isinstance(placement, Replicated):
             continue
-        if length_dims(shape_of(value), program.context.length):
+        if length_dims(shape_of(value), program.context.lengths):
             name = node.name if node.op == "placeholder" else short_target(node)
             is_integer = not (value.is_floating_point() or value.is_complex())
             yield Whole(name, module_path(node), short_dtype(value.dtype), notation.shape(value, placement), is_integer)

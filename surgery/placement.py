@@ -5,7 +5,8 @@
     Partial         every rank holds an addend; the value is their sum
 
 After `view(-1, H)` the sequence is one factor of a larger dimension, `B*S`. Slicing that dimension into P runs would
-cut batches apart, so `Sharded` says which factor the sequence is: `size(dim) == outer * S * inner`.
+cut batches apart, so `Sharded` says which factor the sequence is: `size(dim) == outer * S * inner`. An encoder-decoder
+has two sequences; which of them a value is sharded over is what its shape has in that place (`shapes.length_of`).
 """
 
 from __future__ import annotations

@@ -75,10 +75,11 @@ def _entering(node: fx.Node) -> set[fx.Node]:
 
 
 def _shard_of(shape: Shape, call: Call) -> Placement:
-    dims = length_dims(shape, call.length)
+    dims = length_dims(shape, call.lengths)
     if not dims:
         return REPLICATED
-    outer = quotient(shape[dims[0]], call.length)
+    outers = [quotient(shape[dims[0]], length) for length in call.lengths]
+    outer = next((outer for outer in outers if outer is not None), None)
     if outer is None or len(dims) > 1:
         raise UnsupportedOperationError(f"{where(call.node)}: expected one dimension of tokens, found {shape}.")
     return Sharded(dims[0], outer)

@@ -1,4 +1,4 @@
-"""Symbolic sizes: one captured graph serves every batch size `b` and every sequence length `s`."""
+"""Symbolic sizes: one captured graph serves every batch size `b` and all sequence lengths, `s` and a decoder's `t`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from surgery.placement import ONE, Sharded
 
 Shape = tuple[sympy.Expr, ...]
+Lengths = tuple[sympy.Symbol, ...]
 
 
 def to_expr(size: int | torch.SymInt) -> sympy.Expr:
@@ -32,24 +33,35 @@ def quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
     return result if sympy.fraction(result)[1] == 1 else None
 
 
-def has_length(size: sympy.Expr, length: sympy.Symbol) -> bool:
-    """Whether the sequence length is in `size`, as a factor or in any other way."""
-    return length in size.free_symbols
+def length_dims(shape: Shape, lengths: Lengths) -> tuple[int, ...]:
+    """The dimensions of `shape` that depend on a sequence length, as a factor or in any other way."""
+    return tuple(dim for dim, size in enumerate(shape) if not size.free_symbols.isdisjoint(lengths))
 
 
-def length_dims(shape: Shape, length: sympy.Symbol) -> tuple[int, ...]:
-    """The dimensions of `shape` that depend on the sequence length."""
-    return tuple(dim for dim, size in enumerate(shape) if has_length(size, length))
+def only_length_dim(shape: Shape, lengths: Lengths) -> int | None:
+    """The one dimension of `shape` that is exactly a sequence length, or None if there is none or several."""
+    dims = length_dims(shape, lengths)
+    return dims[0] if len(dims) == 1 and shape[dims[0]] in lengths else None
 
 
-def place_in(shape: Shape, before: sympy.Expr, after: sympy.Expr, length: sympy.Symbol) -> Sharded | None:
+def length_of(shape: Shape, placement: Sharded) -> sympy.Expr:
+    """The length of the sequence that is sharded: what `outer` and `inner` leave of the dimension.
+
+    Which of a model's sequences a value is sharded over is thus said by its shape.
+    """
+    length = quotient(shape[placement.dim], placement.outer * placement.inner)
+    assert length is not None
+    return length
+
+
+def place_in(shape: Shape, before: sympy.Expr, after: sympy.Expr, length: sympy.Expr) -> Sharded | None:
     """The placement in `shape` of a sequence with `before` elements ahead of it and `after` behind, in row-major order.
 
         [b, s, h]  is  before = b, after = h;   in [b*s, h] that is Sharded(0, outer=b);   in [b, s//4, 4, h] nowhere.
 
     None where no single dimension holds the whole sequence.
     """
-    for dim in length_dims(shape, length):
+    for dim in length_dims(shape, tuple(length.free_symbols)):
         outer = quotient(before, product(shape[:dim]))
         inner = quotient(after, product(shape[dim + 1 :]))
         if outer is not None and inner is not None and sympy.expand(outer * length * inner - shape[dim]) == 0:

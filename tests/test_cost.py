@@ -72,26 +72,26 @@ def test_saved_activations_are_a_share(ranks: RankPool, name: str, sp_size: int)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "opt", "gpt_neox", "phi3", "mixtral"])
 def test_whole_values_are_integers_and_scalars(name: str) -> None:
     program = transform(make_model(name), 4).surgery.programs[0]
-    length = program.context.length
+    lengths = program.context.lengths
     for node in program.graph.nodes:
         value = node.meta.get("val")
         is_tensor = node.op == "call_function" and isinstance(value, torch.Tensor)
         is_whole = is_tensor and isinstance(facts_of(node).placement, Replicated)
-        if is_whole and length_dims(shape_of(value), length):
+        if is_whole and length_dims(shape_of(value), lengths):
             is_one_number_a_token = value.ndim <= 2
             assert not value.is_floating_point() or is_one_number_a_token, f"{node} {value.shape} is whole"
 
 
 def test_no_square_mask_for_causal_attention() -> None:
     program = transform(make_model("llama"), 4).surgery.programs[0]
-    length = program.context.length
+    lengths = program.context.lengths
     shapes = [shape_of(n.meta["val"]) for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    assert all(len(length_dims(shape, length)) <= 1 for shape in shapes)
+    assert all(len(length_dims(shape, lengths)) <= 1 for shape in shapes)
 
 
 def test_one_mask_for_all_sliding_layers() -> None:
     program = transform(make_model("mistral", num_hidden_layers=4), 4).surgery.programs[0]
-    length = program.context.length
+    lengths = program.context.lengths
     squares = [n for n in program.graph.nodes if "build_mask" in str(n.target)]
     assert len(squares) == 1
-    assert len(length_dims(shape_of(squares[0].meta["val"]), length)) == 2
+    assert len(length_dims(shape_of(squares[0].meta["val"]), lengths)) == 2

@@ -75,7 +75,7 @@ def make_context(graph: fx.Graph, size: int, rank: int = 0, **options: Any) -> C
         for node in graph.find_nodes(op="placeholder")
         for word, extent in zip(node.meta["dims"], node.meta["val"].shape, strict=True)
     }
-    return Context(Axis(size, rank, GroupName("sp")), symbols["s"], symbols.get("b"), {}, **options)
+    return Context(Axis(size, rank, GroupName("sp")), (symbols["s"],), symbols.get("b"), {}, **options)
 
 
 @dataclass(frozen=True)

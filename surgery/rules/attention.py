@@ -17,7 +17,7 @@ SEQUENCE_DIM = 2
 @rule("surgery::attention", family="attention")
 def attention(call: Call) -> Step | None:
     tokens = [call.operand(name) for name in ("query", "key", "value")]
-    if any(operand is None or operand.shape[SEQUENCE_DIM] != call.length for operand in tokens):
+    if any(operand is None or operand.shape[SEQUENCE_DIM] not in call.lengths for operand in tokens):
         return None
     exchanged = {operand.node for operand in tokens if operand is not None}
     operands: tuple[Placement, ...] = tuple(

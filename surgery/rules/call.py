@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from surgery.placement import REPLICATED, Placement, Sharded
-from surgery.shapes import Shape, length_dims, shape_of
+from surgery.shapes import Lengths, Shape, shape_of
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class Call:
-    """One operation of the graph, its tensor operands in the order of its arguments, its results' whole shapes."""
+    """One operation of the graph, its tensor operands in the order of its arguments, its results' whole shapes.
+
+    `lengths` are those of the model's sequences: one, or the encoder's and the decoder's.
+    """
 
     node: fx.Node
     arguments: dict[str, Any]
     operands: tuple[Operand, ...]
     results: tuple[Shape, ...]
-    length: sympy.Symbol
+    lengths: Lengths
 
     @property
     def shape(self) -> Shape:
@@ -113,16 +115,10 @@ def tensor_nodes(node: fx.Node, *, with_tuples: bool = False) -> tuple[fx.Node, 
     return tuple(source for source in node.all_input_nodes if isinstance(source.meta.get("val"), kinds))
 
 
-def make_call(node: fx.Node, placements: dict[fx.Node, Placement], length: sympy.Symbol) -> Call:
+def make_call(node: fx.Node, placements: dict[fx.Node, Placement], lengths: Lengths) -> Call:
     """Describe `node` for the rules; `placements` holds those of its operands."""
     operands = tuple(Operand(n, shape_of(n.meta["val"]), placements[n]) for n in tensor_nodes(node))
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else (value,)
     results = tuple(shape_of(v) if isinstance(v, torch.Tensor) else () for v in values)
-    return Call(node, bind_arguments(node), operands, results, length)
-
-
-def only_dim(operand: Operand, length: sympy.Symbol) -> int | None:
-    """The one dimension of `operand` that is exactly the sequence length, or None if there is none or several."""
-    dims = length_dims(operand.shape, length)
-    return dims[0] if len(dims) == 1 and operand.shape[dims[0]] == length else None
+    return Call(node, bind_arguments(node), operands, results, lengths)

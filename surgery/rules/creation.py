@@ -11,7 +11,7 @@ from __future__ import annotations
 from surgery.placement import Sharded
 from surgery.rules.call import Call, Step
 from surgery.rules.table import rule
-from surgery.shapes import length_dims
+from surgery.shapes import only_length_dim
 
 
 @rule(
@@ -27,10 +27,10 @@ from surgery.shapes import length_dims
     creates=True,
 )
 def create(call: Call) -> Step | None:
-    dims = length_dims(call.shape, call.length)
-    if len(dims) != 1 or call.shape[dims[0]] != call.length or _is_one_number_a_token(call):
+    dim = only_length_dim(call.shape, call.lengths)
+    if dim is None or _is_one_number_a_token(call):
         return None
-    return Step(tuple(operand.placement for operand in call.operands), (Sharded(dims[0]),), sizes="size")
+    return Step(tuple(operand.placement for operand in call.operands), (Sharded(dim),), sizes="size")
 
 
 def _is_one_number_a_token(call: Call) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from surgery.placement import ONE, REPLICATED, Sharded
 from surgery.rules.call import Call, Step
 from surgery.rules.table import rule
-from surgery.shapes import elements_around, length_dims, place_in
+from surgery.shapes import elements_around, length_of, only_length_dim, place_in
 
 SIZES = {"aten::reshape": "shape", "aten::unflatten": "sizes"}
 
@@ -24,7 +24,7 @@ def reshape(call: Call) -> Step | None:
     if not isinstance(source.placement, Sharded):
         return None
     before, after = elements_around(source.shape, source.placement)
-    result = place_in(call.shape, before, after, call.length)
+    result = place_in(call.shape, before, after, length_of(source.shape, source.placement))
     if result is None:
         return None
     operands = (source.placement, *(result for _ in call.operands[1:]))
@@ -84,5 +84,5 @@ def _expanded_placement(call: Call) -> Sharded | None:
     source = call.operands[0]
     if isinstance(source.placement, Sharded):
         return source.placement.moved_to(source.placement.dim + len(call.shape) - len(source.shape))
-    dims = length_dims(call.shape, call.length)
-    return Sharded(dims[0]) if len(dims) == 1 and call.shape[dims[0]] == call.length else None
+    dim = only_length_dim(call.shape, call.lengths)
+    return Sharded(dim) if dim is not None else None
