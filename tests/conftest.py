@@ -1,4 +1,4 @@
-"""Fixtures: one world of four gloo ranks for the whole run."""
+"""Fixtures: worlds of four and of two gloo ranks, each started once, when a test first asks for it."""
 
 from __future__ import annotations
 
@@ -18,5 +18,13 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     pool = RankPool(world_size=4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[RankPool]:
+    """Half the processes, and half the time, for what is shown at P = 2 alone."""
+    pool = RankPool(world_size=2)
     yield pool
     pool.close()

@@ -11,13 +11,15 @@ from tests.proof import assert_exact, compare, gradients_of, prove, relative_err
 from tests.ranks import RankPool
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
 
-SP_SIZES = (2, 4)
 
-
-@pytest.mark.parametrize("sp_size", SP_SIZES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architecture(ranks: RankPool, name: str, sp_size: int) -> None:
-    assert_exact(ranks.run(prove, name, sp_size))
+def test_architecture_on_two_ranks(pair: RankPool, name: str) -> None:
+    assert_exact(pair.run(prove, name, 2))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture_on_four_ranks(ranks: RankPool, name: str) -> None:
+    assert_exact(ranks.run(prove, name, 4))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -36,8 +38,8 @@ def test_double_precision(ranks: RankPool, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mistral", "mixtral"])
-def test_eval_mode(ranks: RankPool, name: str) -> None:
-    assert_exact(ranks.run(prove, name, 2, is_training=False))
+def test_eval_mode(pair: RankPool, name: str) -> None:
+    assert_exact(pair.run(prove, name, 2, is_training=False))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -67,12 +69,12 @@ def test_labels_only_in_one_shard(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])
-def test_num_items_in_batch(ranks: RankPool, count: Any) -> None:
-    assert_exact(ranks.run(prove, "llama", 2, batch={**make_batch(2, 32), "num_items_in_batch": count}))
+def test_num_items_in_batch(pair: RankPool, count: Any) -> None:
+    assert_exact(pair.run(prove, "llama", 2, batch={**make_batch(2, 32), "num_items_in_batch": count}))
 
 
-def test_without_labels(ranks: RankPool) -> None:
-    assert_exact(ranks.run(prove, "llama", 2, batch={"input_ids": make_batch(2, 32)["input_ids"]}))
+def test_without_labels(pair: RankPool) -> None:
+    assert_exact(pair.run(prove, "llama", 2, batch={"input_ids": make_batch(2, 32)["input_ids"]}))
 
 
 def test_inputs_embeds(ranks: RankPool) -> None:

@@ -51,11 +51,11 @@ def test_given_positions_of_one_document(ranks: RankPool) -> None:
     assert_exact(ranks.run(prove, "llama", 4, batch=packed((32,))))
 
 
-def test_explicit_mask(ranks: RankPool) -> None:
+def test_explicit_mask(pair: RankPool) -> None:
     visible = torch.ones(32, 32, dtype=torch.bool).tril().logical_and(torch.rand(32, 32) < 0.7)
     visible = visible | torch.eye(32, dtype=torch.bool)
     batch = {**make_batch(2, 32), "attention_mask": visible.expand(2, 1, -1, -1).contiguous()}
-    assert_exact(ranks.run(prove, "llama", 2, batch=batch))
+    assert_exact(pair.run(prove, "llama", 2, batch=batch))
 
 
 def test_eager_implementation(ranks: RankPool) -> None:

@@ -21,8 +21,8 @@ def _prove_planted(name: str) -> dict[str, float] | str:
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted(ranks: RankPool, name: str) -> None:
-    results = ranks.run(_prove_planted, name)
+def test_planted(pair: RankPool, name: str) -> None:
+    results = pair.run(_prove_planted, name)
     if name in NOT_EXPORTABLE:
         assert all(isinstance(result, str) and NOT_EXPORTABLE[name] in result for result in results)
     else:
