@@ -25,6 +25,7 @@ def transform(
     sp_size: int,
     *,
     mesh: DeviceMesh | None = None,
+    mpu: Any = None,
     disable_in_eval: bool = False,
     gradients: Gradients = "mean",
     on_unknown: OnUnknown = "gather",
@@ -39,8 +40,11 @@ def transform(
     Args:
         model: the model, or a hub name or local path to load a causal language model from.
         sp_size: ranks that share a sequence. Attention heads and sequence lengths must divide by it.
-        mesh: a `DeviceMesh` with dimensions "dp" and "sp". By default one is made of the whole world, the sp ranks
-            of a sequence side by side.
+        mesh: a `DeviceMesh` with a dimension "sp", "dp" for data parallelism, and any others. By default one is made
+            of the whole world, the sp ranks of a sequence side by side.
+        mpu: process groups of your own instead: an object with `get_sequence_parallel_group()`, and
+            `get_data_parallel_group()` if there is data parallelism, as Megatron and DeepSpeed have them; another
+            model's `surgery.mpu`; or a `DeviceMesh`.
         disable_in_eval: run the original forward, whole on every rank, in eval mode.
         gradients: "mean": the average of the ranks' gradients is the unsharded model's, as DDP, FSDP and ZeRO take it;
             "sum": their sum is.
@@ -56,11 +60,14 @@ def transform(
     options = Options(sp_size, disable_in_eval, gradients, on_unknown, seq_length, seq_length_is_variable, check_inputs)
     model = _load(model)
     _check_model(model)
-    groups = make_mesh(sp_size, mesh)
+    if mesh is not None and mpu is not None:
+        raise ConfigurationError("expected a mesh or an mpu, found both. Pass the one that has the groups to use.")
+    given = mesh if mesh is not None else mpu
+    groups = make_mesh(sp_size, given)
     surgery = ModelSurgery(model, options, groups)
     try:
         if groups is not None:
-            check_agreement("options", options)
+            check_agreement("options", options, groups.get_sequence_parallel_group() if given is not None else None)
         if sp_size > 1:
             program = surgery.prepare(**example_call(model, seq_length or DEFAULT_EXAMPLE_LENGTH))
             _check_mixes_tokens(model, program)

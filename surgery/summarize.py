@@ -63,6 +63,8 @@ def _mesh(surgery: ModelSurgery) -> str:
     sp_size, mpu = surgery.options.sp_size, surgery.mpu
     if mpu is None:
         return f"no process group: looked at for {sp_size} ranks" if sp_size > 1 else "one rank"
+    if not mpu.has_data_parallel:
+        return f"sp {sp_size}, in a mesh with other dimensions"
     dp_size = mpu.get_data_parallel_world_size()
     return f"dp {dp_size} x sp {sp_size}: {dp_size * sp_size} ranks"
 
