@@ -16,7 +16,7 @@ from surgery.installation import install, uninstall
 from surgery.mesh import check_agreement, make_mesh
 from surgery.metadata import Gradients, OnUnknown, facts_of
 from surgery.model_surgery import DEFAULT_EXAMPLE_LENGTH, ModelSurgery
-from surgery.options import CheckInputs, Options
+from surgery.options import CheckInputs, Inputs, Options
 from surgery.program import Program
 
 
@@ -32,6 +32,7 @@ def transform(
     seq_length: int | None = None,
     seq_length_is_variable: bool = True,
     check_inputs: CheckInputs = "first",
+    inputs: Inputs = "whole",
 ) -> Any:
     """Make a Hugging Face model sequence-parallel over `sp_size` ranks, in place, and return it.
 
@@ -51,13 +52,17 @@ def transform(
         on_unknown: what to do with an operation that mixes tokens: "gather" runs it whole on every rank, exactly;
             "refuse" raises.
         seq_length: the length to capture with; with `seq_length_is_variable=False` the only one accepted.
+        inputs: "whole": every rank passes the same batch; "sharded": each passes its slice of every sequence, in the
+            order of the ranks, and gets the logits of its own tokens.
         check_inputs: compare the batch between the ranks on a signature's "first" call, "always" or "never".
 
     Raises:
         ConfigurationError, CaptureError, UnsupportedOperationError: what was expected, found, where, and what to do.
             The model and the process groups are then as before.
     """
-    options = Options(sp_size, disable_in_eval, gradients, on_unknown, seq_length, seq_length_is_variable, check_inputs)
+    options = Options(
+        sp_size, disable_in_eval, gradients, on_unknown, seq_length, seq_length_is_variable, check_inputs, inputs
+    )
     model = _load(model)
     _check_model(model)
     if mesh is not None and mpu is not None:

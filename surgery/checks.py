@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from surgery.errors import InputError
 from surgery.options import Options
 from surgery.signature import BoundCall
@@ -22,6 +25,16 @@ def check_call(call: BoundCall, options: Options, is_training: bool) -> None:
         raise InputError(
             "past_key_values in training mode: every rank would attend to the cache of its own run. Expected no cache. "
             "Call model.eval() to decode."
+        )
+
+
+def check_bypass(kwargs: Mapping[str, Any], options: Options, *, is_generating: bool) -> None:
+    """Raise `InputError` for a slice of a batch that would run through the original forward as if it were whole."""
+    has_cache = bool(kwargs.get("use_cache") or kwargs.get("past_key_values"))
+    if options.inputs == "sharded" and options.sp_size > 1 and has_cache and not is_generating:
+        raise InputError(
+            "a key-value cache is kept by the original forward, which takes whole sequences, and inputs='sharded' "
+            "passes slices. Expected use_cache=False. Call model.generate() with the whole prompt to decode."
         )
 
 

@@ -18,7 +18,7 @@ from surgery import collectives
 from surgery.agreement import check_same_call
 from surgery.capture import capture
 from surgery.checkpointing import checkpointed_layers
-from surgery.checks import check_call, how_to_launch
+from surgery.checks import check_bypass, check_call, how_to_launch
 from surgery.collectives import Axis
 from surgery.errors import CaptureError, LaunchError
 from surgery.mesh import SequenceMesh
@@ -30,6 +30,7 @@ from surgery.private import GroupName
 from surgery.program import Program, build_program
 from surgery.recipe import SEQUENCE_PARALLEL
 from surgery.report import Report, make_report
+from surgery.sharded_inputs import assemble, gather_slices
 from surgery.signature import BoundCall, Signature, TensorInput, autocast_dtype, bind_call, describe_tensors
 from surgery.state import check_state, fingerprint
 
@@ -87,10 +88,15 @@ class ModelSurgery:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The transformed model's forward."""
         if self.bypass_reason(kwargs) is not None:
+            check_bypass(kwargs, self.options, is_generating=self.is_generating)
             return self._original_forward(*args, **kwargs)
         call = bind_call(self._parameters, args, kwargs)
         if self.mpu is None:
             raise LaunchError(how_to_launch(self.options.sp_size))
+        deal_out = None
+        if self.options.inputs == "sharded":
+            call, slices = assemble(call, self.axis)
+            deal_out = slices.deal_out if not slices.is_even else None
         inputs = describe_tensors(call)
         constants = tuple((name, call.constants[name]) for name in sorted(call.constants))
         if not torch.compiler.is_compiling():
@@ -101,13 +107,16 @@ class ModelSurgery:
         if program.has_assumptions:
             sizes = (int(call.batch_size), int(call.length))
             program = self.programs[find(self, inputs, constants, self.model.training, sizes)]
-        return program.run(self.model, call.tensors)
+        return program.run(self.model, call.tensors, deal_out)
 
     def gather(self, value: Tensor, dim: int = 1) -> Tensor:
         """Make a sharded output, such as logits [B, S/P, V], whole on every rank: [B, S, V]. Differentiable."""
         if self.bypass_reason() is not None:
             return value
-        whole = collectives.gather(value, dim % value.ndim, 1, 1, self.axis)
+        if self.options.inputs == "sharded":
+            whole = gather_slices(value, dim % value.ndim, self.axis)
+        else:
+            whole = collectives.gather(value, dim % value.ndim, 1, 1, self.axis)
         return whole if self.options.gradients == "mean" else collectives.scale_gradient(whole, 1 / self.axis.size)
 
     def report(self, program: Program | None = None) -> Report:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from surgery.errors import ConfigurationError
 from surgery.metadata import Gradients, OnUnknown
 
 CheckInputs = Literal["first", "always", "never"]
+Inputs = Literal["whole", "sharded"]
+CHOICES: dict[str, Any] = {
+    "gradients": Gradients,
+    "on_unknown": OnUnknown,
+    "check_inputs": CheckInputs,
+    "inputs": Inputs,
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Options:
     seq_length: int | None = None
     seq_length_is_variable: bool = True
     check_inputs: CheckInputs = "first"
+    inputs: Inputs = "whole"
 
     def __post_init__(self) -> None:
         if not isinstance(self.sp_size, int) or isinstance(self.sp_size, bool) or self.sp_size < 1:
@@ -34,7 +42,7 @@ class Options:
                 raise ConfigurationError(
                     f"expected {name} to be of type {expected.__name__}, found {value!r}. Pass one."
                 )
-        for name, choices in (("gradients", Gradients), ("on_unknown", OnUnknown), ("check_inputs", CheckInputs)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 words = " or ".join(map(repr, get_args(choices)))
                 raise ConfigurationError(f"expected {name} to be {words}, found {getattr(self, name)!r}. Choose one.")

@@ -29,6 +29,11 @@ def all_to_all_first_dim(x: Tensor, group_name: GroupName) -> Tensor:
     return _arrived(functional.all_to_all_single_autograd(x, None, None, group_name))
 
 
+def all_to_all_runs(x: Tensor, sent: list[int], received: list[int], group_name: GroupName) -> Tensor:
+    """Send a run of dim 0 to each rank: `sent[p]` elements to rank p, `received[p]` from it. Differentiable."""
+    return _arrived(functional.all_to_all_single_autograd(x, received, sent, group_name))
+
+
 def all_gather_first_dim(x: Tensor, size: int, group_name: GroupName) -> Tensor:
     """Concatenate the ranks' tensors in dim 0. Differentiable: the backward is a reduce-scatter."""
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group_name)

@@ -6,6 +6,7 @@ after the transform: an optimizer, DDP, ZeRO or PEFT sees and changes the very o
 
 from __future__ import annotations
 
+import functools
 import linecache
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from surgery.capture import Capture
 from surgery.checkpointing import cut_layers
 from surgery.metadata import Context, facts_of
-from surgery.placement import Placement
+from surgery.placement import Placement, Sharded
 from surgery.signature import Signature
 
 
@@ -42,9 +43,22 @@ class Program:
         sizes = {self.context.length: length, self.context.batch: batch_size}
         return all(condition.subs(sizes) == sympy.true for condition in self.context.assumptions)
 
-    def run(self, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
-        outputs = self.function(model, *(tensors[tensor.name] for tensor in self.signature.tensors))
-        return pytree.tree_unflatten(list(outputs), self.output_spec)
+    def run(
+        self, model: nn.Module, tensors: dict[str, Tensor], deal_out: Callable[[Tensor, int], Tensor] | None = None
+    ) -> Any:
+        """The model's output for `tensors`; `deal_out(x, dim)` is what becomes of those that leave as shards."""
+        outputs = list(self.function(model, *(tensors[tensor.name] for tensor in self.signature.tensors)))
+        if deal_out is not None:
+            for index, dim in self._sharded_outputs.items():
+                outputs[index] = deal_out(outputs[index], dim)
+        return pytree.tree_unflatten(outputs, self.output_spec)
+
+    @functools.cached_property
+    def _sharded_outputs(self) -> dict[int, int]:
+        """The dimension of the sequence in each output that leaves as shards, by its place."""
+        nodes: Any = next(iter(reversed(self.graph.nodes))).args[0]
+        placements = {i: facts_of(node).placement for i, node in enumerate(nodes) if isinstance(node, fx.Node)}
+        return {i: placement.dim for i, placement in placements.items() if isinstance(placement, Sharded)}
 
     @property
     def outputs(self) -> tuple[tuple[str, fx.Node], ...]:

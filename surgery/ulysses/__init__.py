@@ -1,0 +1,10 @@
+"""The names that DeepSpeed's `deepspeed.runtime.sequence_parallel.ulysses_sp` has, made of this package's parts.
+
+    from surgery.ulysses import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
+
+A script that trains with DeepSpeed's classes changes this import: `docs/migration.md`.
+"""
+
+from surgery.ulysses.dataloader import UlyssesSPDataLoaderAdapter
+
+__all__ = ["UlyssesSPDataLoaderAdapter"]
