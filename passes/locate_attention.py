@@ -32,9 +32,12 @@ class LocateAttention:
         direct = list(graph.find_nodes(op="call_function", target=SDPA))
         for node in direct:
             adopt(graph, node)
-        context.sites = find_sites(graph)
+        context.sites = find_sites(graph, context)
         for site in context.sites:
             check_heads(site, context.axis.size)
+            check_extras(site)
+        if context.has_document_ends:
+            check_documents(graph, context.sites)
         return PassResult(len(direct))
 
 
@@ -47,18 +50,19 @@ def adopt(graph: fx.Graph, node: fx.Node) -> None:
         )
     arguments = (given["query"], given["key"], given["value"], given["attn_mask"])
     with graph.inserting_before(node):
-        call = graph.call_function(ATTENTION, (*arguments, given["dropout_p"], given["scale"], given["is_causal"]))
+        options = (given["dropout_p"], given["scale"], given["is_causal"])
+        call = graph.call_function(ATTENTION, (*arguments, *options, [], []))
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
 
 
-def find_sites(graph: fx.Graph) -> list[Site]:
+def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
     """The attention calls of the graph, in order."""
-    return [_site(node) for node in graph.find_nodes(op="call_function", target=ATTENTION)]
+    return [_site(node, context) for node in graph.find_nodes(op="call_function", target=ATTENTION)]
 
 
-def _site(node: fx.Node) -> Site:
+def _site(node: fx.Node, context: Context) -> Site:
     given = bind_arguments(node)
     query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
     return Site(
@@ -71,7 +75,7 @@ def _site(node: fx.Node) -> Site:
         value_head_size=int(value.shape[3]),
         element_size_bytes=query.element_size(),
         mask=read_mask(given["mask"], is_causal=given["is_causal"]),
-        implementation="sdpa" if given["softcap"] is None and given["sinks"] is None else "eager",
+        call=context.calls[given["call"]] if given["call"] is not None else None,
     )
 
 
@@ -82,8 +86,35 @@ def read_mask(mask: fx.Node | None, *, is_causal: bool) -> Mask | None:
     if mask.target is not MASK:
         return None
     given = bind_arguments(mask)
-    padding, documents = (given[name].name if given[name] is not None else None for name in ("padding", "documents"))
-    return Mask(given["is_causal"], given["window"], padding, documents)
+    if given["drawn"] is not None:
+        return None
+    names = {name: given[name].name if given[name] is not None else None for name in ("padding", "documents", "blocks")}
+    sizes = {name: given[name] for name in ("window", "reach", "chunk_size")}
+    return Mask(given["is_causal"], **sizes, **names)
+
+
+def check_extras(site: Site) -> None:
+    """Refuse calls that are given their query, key or value a second time: it would stay a shard."""
+    given = bind_arguments(site.node)
+    if {given[name] for name in ("query", "key", "value")} & {given["mask"], *given["extras"]}:
+        raise UnsupportedOperationError(
+            f"{where(site.node)}: the query, key or value is passed again as a mask or keyword. Expected it once. "
+            "Use an architecture that does so."
+        )
+
+
+def check_documents(graph: fx.Graph, sites: list[Site]) -> None:
+    """Refuse cu_seq_lens_* where neither the mask nor the attention function keeps the documents apart."""
+    masks = [mask for mask in graph.find_nodes(op="call_function", target=MASK) if mask.args[1] is not None]
+    blind = [site for site in sites if site.call is None or not site.call.reads_document_ends]
+    unread = [site for site in blind if bind_arguments(site.node)["mask"] not in masks]
+    if unread or not (masks or sites):
+        place = unread[0].module_path if unread else "the model's own attention"
+        raise UnsupportedOperationError(
+            f"locate-attention: cu_seq_lens_q is given, and {place} would attend across documents: expected a mask of "
+            "transformers' masking_utils, or an attention function that reads it. Pass position_ids that start again "
+            "with each document, or a mask [B, 1, S, S]."
+        )
 
 
 def check_heads(site: Site, sp_size: int) -> None:

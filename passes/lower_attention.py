@@ -1,22 +1,31 @@
 """Replace each attention call and mask description by the implementation that runs.
 
 attention(q, k, v, None, causal)              ->  sdpa(q, k, v, None, is_causal=True)    no S x S tensor
-attention(q, k, v, attention_mask(window))    ->  sdpa(q, k, v, build_mask(window))      one mask, shared by layers
+attention(q, k, v, attention_mask(window))    ->  sdpa(q, k, v, make_mask(window))       one mask, shared by layers
+attention(q, k, v, None, call 3)              ->  flash_attention_forward(q, k, v, None, module, {scaling: ...})
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from passes.locate_attention import MASK
 from surgery.errors import UnsupportedOperationError
-from surgery.implementations import IMPLEMENTATIONS, build_mask
+from surgery.implementations import registered, sdpa, written_out
+from surgery.mask_making import TORCH_SDPA, mask_maker
 from surgery.metadata import Context, Site
 from surgery.pipeline import PassResult
+from surgery.recording import TENSOR_MASKS
 from surgery.rules.call import bind_arguments
+
+CONSTANTS = (fx.Node, str, int, float, bool, type(None), torch.dtype, torch.device)
+"""What the arguments of a graph's node may be made of."""
 
 
 @dataclass(frozen=True)
@@ -27,38 +36,64 @@ class LowerAttention:
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         for site in context.sites:
-            lower_site(site, context)
+            lower_site(graph, site, context)
+        calls = {site.node for site in context.sites}
         masks = graph.find_nodes(op="call_function", target=MASK)
         for mask in masks:
-            lower_mask(mask)
+            lower_mask(mask, calls, context)
         return PassResult(len(context.sites) + len(masks))
 
 
-def lower_site(site: Site, context: Context) -> None:
+def lower_site(graph: fx.Graph, site: Site, context: Context) -> None:
     """Call the site's implementation on this rank's heads."""
     given = bind_arguments(site.node)
     check_mask(site, given["mask"])
     is_causal = site.mask.is_causal if site.mask is not None else given["is_causal"]
-    site.node.target = IMPLEMENTATIONS[site.implementation]
-    site.node.args = tuple(given[name] for name in ("query", "key", "value", "mask", "dropout", "scale"))
-    extras = {name: given[name] for name in ("softcap", "sinks")} if site.implementation == "eager" else {}
-    site.node.kwargs = {"is_causal": is_causal, "axis": context.axis, **extras}
+    tokens = tuple(given[name] for name in ("query", "key", "value", "mask"))
+    keywords = site.call.keywords(given["extras"], given["sizes"]) if site.call is not None else {}
+    extras = {"softcap": keywords.get("softcap"), "sinks": keywords.get("s_aux")}
+    is_extended = any(value is not None for value in extras.values())
+    site.node.kwargs = {"is_causal": is_causal, "axis": context.axis}
+    if site.call is None or (site.call.function is sdpa_attention_forward and keywords.get("position_bias") is None):
+        site.node.target = written_out if is_extended else sdpa
+        site.node.args = (*tokens, given["dropout"], given["scale"])
+        site.node.kwargs = {**site.node.kwargs, **(extras if is_extended else {})}
+    else:
+        shown = {name: value for name, value in keywords.items() if _is_constant(value)}
+        hidden = {name: value for name, value in keywords.items() if name not in shown}
+        with graph.inserting_before(site.node):
+            module = graph.create_node("get_attr", site.call.module_path)
+        site.node.target = registered(site.call, hidden)
+        site.node.args = (*tokens, module, shown)
 
 
-def check_mask(site: Site, mask: fx.Node | None) -> None:
+def _is_constant(value: Any) -> bool:
+    return all(isinstance(leaf, CONSTANTS) for leaf in pytree.tree_leaves(value))
+
+
+def check_mask(site: Site, mask: Any) -> None:
     """Refuse masks that are neither shared by all heads nor given for each of them."""
-    shape = mask.meta["val"].shape if mask is not None else (1, 1, 1, 1)
-    if len(shape) != 4 or shape[1] not in (1, site.num_heads):
+    shape = mask.meta["val"].shape if isinstance(mask, fx.Node) else (1, 1, 1, 1)
+    if len(shape) != 2 and (len(shape) != 4 or shape[1] not in (1, site.num_heads)):
         raise UnsupportedOperationError(
             f"lower-attention: a mask of shape {tuple(shape)} at {site.module_path}. "
             f"Expected [B, 1, S, S], or [B, {site.num_heads}, S, S] with one for each head."
         )
 
 
-def lower_mask(mask: fx.Node) -> None:
-    """Build the mask when the graph runs, once for all calls that share it."""
+def lower_mask(mask: fx.Node, calls: set[fx.Node], context: Context) -> None:
+    """Make the mask when the graph runs, once for all calls that share it."""
     given = bind_arguments(mask)
-    only_attention = all(user.target in IMPLEMENTATIONS.values() for user in mask.users)
-    mask.target = build_mask
+    record = context.masks[given["maker"]] if given["maker"] is not None else TORCH_SDPA
+    others = [user for user in mask.users if user not in calls]
+    if others and record.function not in TENSOR_MASKS:
+        raise UnsupportedOperationError(
+            f"lower-attention: the model computes {others[0].target} with the mask of {record.implementation!r}. "
+            'Expected it to reach the attention calls as it is. Load the model with attn_implementation="sdpa".'
+        )
+    words = {name: value for name, value in given.items() if value is not None}
+    for name in ("dtype", "is_padding", "maker"):
+        words.pop(name, None)
+    mask.target = mask_maker(record)
     mask.args = ()
-    mask.kwargs = {**given, "may_skip": only_attention}
+    mask.kwargs = {**words, "may_skip": not others}

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from transformers.masking_utils import sdpa_mask
 
 from passes.locate_attention import ATTENTION, MASK, read_mask
 from surgery.metadata import Context
@@ -29,7 +30,7 @@ DOCUMENTS_OF_POSITIONS: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...]
     ("aten::ne", lambda given: given["other"] == 1),
     ("aten::diff", lambda given: given["n"] == 1 and given["dim"] in LAST_OF_TWO and given["append"] is None),
 )
-ADDED_MASK = torch.ops.aten.where.ScalarOther
+WORDS = ("padding", "documents", "window", "reach", "chunk_size", "blocks", "drawn")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class SimplifyMasks:
         trivial = find_single_documents(graph)
         for mask in trivial:
             mask.update_arg(1, None)
-        plain = find_plain_masks(graph)
+            mask.kwargs = {name: value for name, value in mask.kwargs.items() if name != "positions"}
+        plain = find_plain_masks(graph, context)
         for node, mask in plain.items():
             node.update_arg(3, None)
             node.update_arg(6, bind_arguments(mask)["is_causal"])
@@ -58,30 +60,25 @@ def find_single_documents(graph: fx.Graph) -> list[fx.Node]:
     return [mask for mask in masks if isinstance(mask.args[1], fx.Node) and _is_one_document(mask.args[1])]
 
 
-def find_plain_masks(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Attention calls whose mask describes nothing but causality, or nothing at all, with that mask."""
-    described = {node: _described(node) for node in graph.find_nodes(op="call_function", target=ATTENTION)}
-    return {node: mask for node, mask in described.items() if mask is not None and _is_plain(mask)}
+def find_plain_masks(graph: fx.Graph, context: Context) -> dict[fx.Node, fx.Node]:
+    """Attention calls whose mask describes nothing but causality, or nothing at all, with that mask.
+
+    Only where sdpa's mask function would draw it: eager attention and flex take no mask for "all tokens see all".
+    """
+    described = {node: node.args[3] for node in graph.find_nodes(op="call_function", target=ATTENTION)}
+    masks = {node: mask for node, mask in described.items() if isinstance(mask, fx.Node) and mask.target is MASK}
+    return {node: mask for node, mask in masks.items() if _is_plain(mask) and _is_skippable(mask, context)}
 
 
-def _described(node: fx.Node) -> fx.Node | None:
-    """The description behind a call's mask, also where eager attention made it additive: where(mask, 0, lowest)."""
-    mask = node.args[3]
-    if isinstance(mask, fx.Node) and mask.target is ADDED_MASK and _adds_nothing(mask):
-        mask = mask.args[0]
-    return mask if isinstance(mask, fx.Node) and mask.target is MASK else None
-
-
-def _adds_nothing(mask: fx.Node) -> bool:
-    """Whether tokens that are seen keep their scores, and the others get the lowest there is."""
-    _, seen, hidden = mask.args
-    return _is_call(seen, "aten::zeros") and bool(hidden == torch.finfo(mask.meta["val"].dtype).min)
+def _is_skippable(mask: fx.Node, context: Context) -> bool:
+    maker = bind_arguments(mask)["maker"]
+    return maker is None or context.masks[maker].function is sdpa_mask
 
 
 def _is_plain(mask: fx.Node) -> bool:
     given = bind_arguments(mask)
     is_square = given["query_length"] is given["key_length"] or not given["is_causal"]
-    return is_square and all(given[name] is None for name in ("padding", "documents", "window"))
+    return is_square and all(given[name] is None for name in WORDS)
 
 
 def _is_one_document(documents: fx.Node) -> bool:

@@ -21,15 +21,16 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from surgery.attention import recorded_attention
 from surgery.custom_backward import refuse_custom_backward
 from surgery.errors import CaptureError
 from surgery.private import UserError, export_patches, functionalized
+from surgery.recording import RecordedCall, RecordedMask, Recording, recorded_attention
 from surgery.shapes import to_expr
 from surgery.signature import SEQUENCE_INPUTS, Signature, TensorInput
 
 TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
 SHORT_LENGTH = 16
+EXAMPLE_COUNT = 3
 
 
 class Bounds(NamedTuple):
@@ -52,6 +53,8 @@ class Capture:
     output_spec: pytree.TreeSpec
     constants: dict[str, Tensor] = field(default_factory=dict)
     bounds: Bounds = UNBOUNDED
+    calls: list[RecordedCall] = field(default_factory=list)
+    masks: list[RecordedMask] = field(default_factory=list)
 
 
 def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) -> Capture:
@@ -62,14 +65,13 @@ def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) ->
     Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
     """
     names = [tensor.name for tensor in signature.tensors]
-    arguments = frozenset(names) | {name for name, _ in signature.constants}
     with ExitStack() as stack:
-        stack.enter_context(recorded_attention(attention_implementations(model), arguments))
+        recording = stack.enter_context(recorded_attention(model))
         stack.enter_context(_traceable_config(model))
         stack.enter_context(_without_checkpointing(model))
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
-        stack.enter_context(_flat_forward(model, names, dict(signature.constants)))
+        stack.enter_context(_flat_forward(model, names, dict(signature.constants), recording))
         try:
             program, bounds = _export(model, signature, example)
             if any(_is_mutable(node) for node in program.graph.nodes):
@@ -84,6 +86,7 @@ def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) ->
             ) from error
     captured = _to_capture(program, names)
     captured.bounds = bounds
+    captured.calls, captured.masks = recording.calls, recording.masks
     return captured
 
 
@@ -120,21 +123,16 @@ def _candidate_bounds(model: nn.Module, length: int) -> list[Bounds]:
 def _dynamic_shapes(signature: Signature, example: tuple[int, int], bounds: Bounds) -> dict[str, dict[int, Dim]]:
     dims = {"b": Dim("batch"), "s": Dim("sequence", min=bounds.low, max=bounds.high)}
     dynamic = {name: dim for (name, dim), size in zip(dims.items(), example, strict=True) if size > 1}
+    dynamic["n"] = Dim("count")
     return {
         tensor.name: {d: dynamic[str(size)] for d, size in enumerate(tensor.dims) if size in dynamic}
         for tensor in signature.tensors
     }
 
 
-def attention_implementations(model: nn.Module) -> set[str]:
-    """The names under which `model` and its parts look up their attention function."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    names = {getattr(config, "_attn_implementation", None) for config in configs}
-    return {name for name in names if isinstance(name, str)} or {"sdpa"}
-
-
 def _example(tensor: TensorInput, batch_size: int, length: int) -> Tensor:
-    sizes = [batch_size if d == "b" else length if d == "s" else int(d) for d in tensor.dims]
+    letters = {"b": batch_size, "s": length, "n": EXAMPLE_COUNT}
+    sizes = [letters[d] if isinstance(d, str) else d for d in tensor.dims]
     return torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
 
 
@@ -145,12 +143,15 @@ def _first_lines(error: Exception) -> str:
 
 
 @contextmanager
-def _flat_forward(model: nn.Module, names: list[str], constants: dict[str, Any]) -> Iterator[None]:
+def _flat_forward(
+    model: nn.Module, names: list[str], constants: dict[str, Any], recording: Recording
+) -> Iterator[None]:
     """Give the model, for the trace, a forward whose parameters are exactly the signature's tensors."""
     installed = model.__dict__.pop("forward", None)
     original = model.forward
 
     def forward(**tensors: Tensor) -> Any:
+        recording.tensors = tensors
         return original(**tensors, **constants)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]

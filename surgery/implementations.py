@@ -1,17 +1,89 @@
-"""What attention calls are lowered to, and the tensor form of the masks that need one."""
+"""What attention calls are lowered to: a function of this rank's heads.
+
+    implementation(q [B, N/P, S, H], k, v [B, Nk/P, S, H], mask, ...) -> [B, N/P, S, H]
+
+`registered` calls the very function that the model asked for. `sdpa` is torch's own, for models that call it by
+themselves and in place of transformers' wrapper, which would copy the output once more before it is packed;
+`written_out` is for what that wrapper refuses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.collectives import Axis
-from surgery.errors import InputError
+from surgery.errors import CaptureError, InputError
+from surgery.own_heads import HeadView, OwnHeads
 from surgery.randomness import rank_stream
+from surgery.recording import RecordedCall
+
+Implementation = Callable[..., Tensor]
+LENGTHS = ("max_length_q", "max_length_k")
+
+
+def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
+    """The registered function of `call` on this rank's heads; `hidden` are keywords that a graph cannot hold.
+
+    Where no mask stands for a pattern, and the function would take it for another one, it is told `is_causal`.
+    """
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        module: nn.Module,
+        keywords: dict[str, Any],
+        *,
+        is_causal: bool,
+        axis: Axis,
+    ) -> Tensor:
+        heads = own_heads(call, query.shape[1], key.shape[1], axis)
+        given = _with_numbers(heads.cut_keywords({**keywords, **hidden}))
+        if mask is None and _taken_for_causal(module, given) != is_causal:
+            given["is_causal"] = is_causal
+        with _dropout_stream(given.get("dropout") or 0.0, axis.rank, query.device):
+            result = call.function(HeadView(module, heads), query, key, value, heads.cut_mask(mask), **given)
+        return _checked(result, query, call).transpose(1, 2)
+
+    attend.__name__ = attend.__qualname__ = getattr(call.function, "__name__", call.implementation)
+    return attend
+
+
+def own_heads(call: RecordedCall, count: int, kv_count: int, axis: Axis) -> OwnHeads:
+    """The heads that this rank attends with, of those of `call`."""
+    first = axis.rank * count if count != call.num_heads else 0
+    return OwnHeads(first, count, kv_count, call.num_heads, call.num_kv_heads)
+
+
+def _with_numbers(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Lengths as the numbers that kernels take; a graph holds them as tensors, so that they may vary."""
+    if torch.compiler.is_compiling():
+        return keywords
+    lengths = {name: keywords[name] for name in LENGTHS if isinstance(keywords.get(name), Tensor)}
+    return {**keywords, **{name: int(length) for name, length in lengths.items()}}
+
+
+def _taken_for_causal(module: nn.Module, keywords: dict[str, Any]) -> bool:
+    given = keywords.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _checked(result: Any, query: Tensor, call: RecordedCall) -> Tensor:
+    output = result[0] if isinstance(result, tuple) else result
+    if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2] != query.shape[1]:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CaptureError(
+            f"the attention function {call.implementation!r} at {call.module_path} returned {found}. Expected "
+            f"[B, S, {query.shape[1]}, H], for as many heads as it was given. Return (output, weights or None)."
+        )
+    return output
 
 
 def sdpa(
@@ -46,7 +118,7 @@ def sdpa(
         )
 
 
-def eager(
+def written_out(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -59,7 +131,7 @@ def eager(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention written out, for what no kernel here takes: soft-capped scores (gemma2) and sinks (gpt-oss).
+    """Attention written out, for what transformers' sdpa refuses or ignores: soft-capped scores and sinks.
 
     Builds the scores [B, N/P, S, S] of this rank's heads, as the model's own eager attention does for all heads.
     """
@@ -76,7 +148,7 @@ def eager(
 
 def _of_own_heads(mask: Tensor | None, num_heads: int, axis: Axis) -> Tensor | None:
     """A mask for each head, [B, N, S, S], cut to this rank's; one that heads share, [B, 1, S, S], as it is."""
-    if mask is None or mask.shape[1] == 1:
+    if mask is None or mask.shape[1] in (1, num_heads):
         return mask
     return mask.narrow(1, axis.rank * num_heads, num_heads)
 
@@ -113,44 +185,3 @@ def _dropout_stream(dropout: float, rank: int, device: torch.device) -> Abstract
             "Expected config.attention_dropout=0.0 (hidden dropout is fine), or an uncompiled model."
         )
     return rank_stream(rank, device)
-
-
-def build_mask(
-    padding: Tensor | None,
-    documents: Tensor | None,
-    batch_size: int,
-    query_length: int,
-    key_length: int,
-    is_causal: bool,
-    window: int | None,
-    device: torch.device,
-    may_skip: bool,
-) -> Tensor | None:
-    """The boolean mask [B, 1, S, S] of a description; True where a query sees a key.
-
-    None, if it `may_skip`, where padding and documents turn out to say nothing: eager code can look, compiled code
-    cannot.
-    """
-    is_square = query_length == key_length or not is_causal
-    may_look = may_skip and window is None and is_square and not torch.compiler.is_compiling()
-    if may_look and _says_nothing(padding, documents):
-        return None
-    query = torch.arange(query_length, device=device)[:, None]
-    key = torch.arange(key_length, device=device)[None, :]
-    mask = key <= query if is_causal else torch.ones_like(key <= query)
-    if window is not None:
-        mask = mask & (key > query - window)
-    mask = mask[None, None]
-    if documents is not None:
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    if padding is not None:
-        mask = mask & padding[:, None, None, :].bool()
-    return mask.expand(batch_size, -1, -1, -1)
-
-
-def _says_nothing(padding: Tensor | None, documents: Tensor | None) -> bool:
-    is_unpadded = padding is None or bool(padding.all())
-    return is_unpadded and (documents is None or bool((documents == documents[:, :1]).all()))
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"sdpa": sdpa, "eager": eager}

@@ -1,10 +1,11 @@
-"""Reading transformers' mask functions: from nested closures back to the few words that describe a pattern.
+"""Reading transformers' mask functions: from nested closures to the few words that describe a pattern, and back.
 
-    and_masks(sliding_window_overlay(w), causal)                    -> causal, window w
-    and_masks(documents(ids), remap(causal, positions))             -> causal, documents ids
+    and_masks(sliding_window_overlay(w), causal)                    <->  causal, window w
+    and_masks(documents(ids), remap(causal, positions))             <->  causal, documents ids
+    or_masks(causal, blockwise_overlay(ids))                        <->  causal, blocks ids
 
 transformers composes masks out of closures and hands them over whole. Their names and variables are not public API:
-what is not recognised here is `UNKNOWN`, and then the mask is built in full instead. Nothing is guessed.
+what is not recognised here is `UNKNOWN`, and then the mask is drawn in full instead. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -15,54 +16,88 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from transformers import masking_utils
+
+MaskFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """A mask that any batch, head and length share, and the document each token belongs to ([B, S] int)."""
+    """A mask that all heads share, in words.
+
+    A query sees a key that is not ahead (`is_causal`), less than `window` behind, at most `reach` away, in the same
+    chunk of `chunk_size` tokens counted from `chunk_starts` [B], and in the same of the `documents` [B, S]; within a
+    document tokens are counted by `positions` [B, S]. Besides, all tokens of one of the `blocks` [B, S], which number
+    from 0, see each other. `drawn` [B, 1, S, S] is a mask without words.
+    """
 
     is_causal: bool = False
     window: int | None = None
+    reach: int | None = None
+    chunk_size: int | None = None
+    chunk_starts: Tensor | None = None
     documents: Tensor | None = None
-    is_remapped: bool = False
+    positions: Tensor | None = None
+    blocks: Tensor | None = None
+    drawn: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is causal or nothing, and no more."""
+        words = {**vars(self), "is_causal": None}
+        return all(value is None for value in words.values())
 
 
 UNKNOWN = Pattern()
 
 
-def read_mask_function(function: Callable[..., Any]) -> Pattern:
+def read_mask_function(function: MaskFunction) -> Pattern:
     """The pattern that `function(batch, head, query, key) -> bool` draws, or `UNKNOWN`."""
     pattern = _read(function)
-    if pattern is None or (pattern.is_remapped and pattern.documents is None):
+    if pattern is None or (pattern.positions is not None and pattern.documents is None):
         return UNKNOWN
     return pattern
 
 
-def _read(function: Callable[..., Any]) -> Pattern | None:
+def _read(function: MaskFunction) -> Pattern | None:
     reader = READERS.get(f"{function.__module__}.{function.__qualname__}")
     return reader(dict(inspect.getclosurevars(function).nonlocals)) if reader is not None else None
 
 
 def _read_conjunction(variables: dict[str, Any]) -> Pattern | None:
-    result = Pattern()
+    result: Pattern | None = Pattern()
     for function in variables["mask_functions"]:
         part = _read(function)
-        if part is None or (part.documents is not None and result.documents is not None):
-            return None
-        windows = [w for w in (result.window, part.window) if w is not None]
-        result = Pattern(
-            result.is_causal or part.is_causal,
-            min(windows, default=None),
-            part.documents if part.documents is not None else result.documents,
-            result.is_remapped or part.is_remapped,
-        )
-    return result if result.window is None or result.is_causal else None
+        result = _both(result, part) if result is not None and part is not None else None
+    return result if result is None or result.window is None or result.is_causal else None
+
+
+def _both(first: Pattern, second: Pattern) -> Pattern | None:
+    """What both patterns let through, where that has words: each may say something that the other does not."""
+    if first.blocks is not None or second.blocks is not None:
+        return None
+    windows = [w for w in (first.window, second.window) if w is not None]
+    once = ("reach", "chunk_size", "chunk_starts", "documents", "positions")
+    if any(getattr(first, name) is not None and getattr(second, name) is not None for name in once):
+        return None
+    said = {name: getattr(first if getattr(second, name) is None else second, name) for name in once}
+    return Pattern(first.is_causal or second.is_causal, min(windows, default=None), **said)
+
+
+def _read_disjunction(variables: dict[str, Any]) -> Pattern | None:
+    parts = [_read(function) for function in variables["mask_functions"]]
+    pattern, overlay = parts if len(parts) == 2 else (None, None)
+    if pattern is None or overlay is None or pattern.blocks is not None or overlay.blocks is None:
+        return None
+    return replace(pattern, blocks=overlay.blocks)
 
 
 def _read_remapped(variables: dict[str, Any]) -> Pattern | None:
-    """In a document positions rise by one: "behind" and "at most w back" mean the same for positions and indices."""
+    """Within a document positions count the tokens: what the inner pattern says of indices it says of them."""
     inner = _read(variables["mask_function"])
-    return replace(inner, is_remapped=True) if inner is not None else None
+    if inner is None or inner.documents is not None or inner.blocks is not None:
+        return None
+    return replace(inner, positions=variables["position_ids"])
 
 
 _MASKS = "transformers.masking_utils."
@@ -70,9 +105,49 @@ READERS: dict[str, Callable[[dict[str, Any]], Pattern | None]] = {
     _MASKS + "causal_mask_function": lambda _: Pattern(is_causal=True),
     _MASKS + "bidirectional_mask_function": lambda _: Pattern(),
     _MASKS + "and_masks.<locals>.and_mask": _read_conjunction,
+    _MASKS + "or_masks.<locals>.or_mask": _read_disjunction,
     _MASKS + "sliding_window_overlay.<locals>.inner_mask": lambda v: Pattern(window=v["sliding_window"]),
+    _MASKS + "sliding_window_bidirectional_overlay.<locals>.inner_mask": lambda v: Pattern(reach=v["sliding_window"]),
+    _MASKS + "chunked_overlay.<locals>.inner_mask": lambda v: Pattern(
+        chunk_size=v["chunk_size"], chunk_starts=v["left_padding"]
+    ),
+    _MASKS + "blockwise_overlay.<locals>.inner_mask": lambda v: Pattern(blocks=v["block_sequence_ids"]),
     _MASKS + "packed_sequence_mask_function.<locals>.inner_mask": lambda v: Pattern(
         documents=v["packed_sequence_mask"]
     ),
     _MASKS + "remap_positions_for_packed_sequence.<locals>.inner_mask": _read_remapped,
 }
+
+
+def write_mask_function(pattern: Pattern) -> MaskFunction:
+    """The mask function that `read_mask_function` would read as `pattern`, made of transformers' own."""
+    if pattern.drawn is not None:
+        base = _look_up(pattern.drawn)
+    elif pattern.is_causal:
+        base = masking_utils.causal_mask_function
+    else:
+        base = masking_utils.bidirectional_mask_function
+    overlays = []
+    if pattern.window is not None:
+        overlays.append(masking_utils.sliding_window_overlay(pattern.window))
+    if pattern.reach is not None:
+        overlays.append(masking_utils.sliding_window_bidirectional_overlay(pattern.reach))
+    if pattern.chunk_size is not None:
+        assert pattern.chunk_starts is not None
+        overlays.append(masking_utils.chunked_overlay(pattern.chunk_size, pattern.chunk_starts))
+    function = masking_utils.and_masks(*overlays, base) if overlays else base
+    if pattern.positions is not None:
+        function = masking_utils.remap_positions_for_packed_sequence(function, pattern.positions)
+    if pattern.documents is not None:
+        documents = masking_utils.packed_sequence_mask_function(pattern.documents)
+        function = masking_utils.and_masks(documents, function)
+    if pattern.blocks is not None:
+        function = masking_utils.or_masks(function, masking_utils.blockwise_overlay(pattern.blocks))
+    return function
+
+
+def _look_up(drawn: Tensor) -> MaskFunction:
+    def look_up(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return drawn[batch, 0, query, key]
+
+    return look_up

@@ -13,6 +13,7 @@ from torch import fx
 
 from surgery.collectives import Axis
 from surgery.placement import REPLICATED, Placement
+from surgery.recording import RecordedCall, RecordedMask
 from surgery.rules.call import Step
 from surgery.shapes import Lengths
 
@@ -47,20 +48,27 @@ def facts_of(node: fx.Node) -> NodeFacts:
 class Mask:
     """What an attention call may see, in O(S) words.
 
-    `is_causal`: keys behind the query. `window`: at most so many tokens back. `padding` [B, S] bool and `documents`
-    [B, S] int are names of graph values. None everywhere: all tokens see all tokens.
+    `is_causal`: keys behind the query. `window`: at most so many tokens back; `reach`: at most so many away;
+    `chunk_size`: in the same run of so many tokens. `padding` [B, S] bool, `documents` and `blocks` [B, S] int are
+    names of graph values; the tokens of a block see each other besides. None everywhere: all tokens see all tokens.
     """
 
     is_causal: bool
     window: int | None = None
     padding: str | None = None
     documents: str | None = None
+    reach: int | None = None
+    chunk_size: int | None = None
+    blocks: str | None = None
 
     def __str__(self) -> str:
         words = ["causal" if self.is_causal else "bidirectional"]
         words += [f"window {self.window}"] if self.window is not None else []
+        words += [f"reach {self.reach}"] if self.reach is not None else []
+        words += [f"chunks of {self.chunk_size}"] if self.chunk_size is not None else []
         words += ["padding"] if self.padding is not None else []
         words += ["documents"] if self.documents is not None else []
+        words += ["blocks"] if self.blocks is not None else []
         return ", ".join(words)
 
 
@@ -77,7 +85,12 @@ class Site:
     value_head_size: int
     element_size_bytes: int
     mask: Mask | None = None
-    implementation: str = "sdpa"
+    call: RecordedCall | None = None
+
+    @property
+    def implementation(self) -> str:
+        """The name of what runs: what the model asks for, or sdpa where the model calls that itself."""
+        return self.call.implementation if self.call is not None else "sdpa"
 
     def heads_per_rank(self, sp_size: int) -> tuple[int, int]:
         return self.num_heads // sp_size, max(self.num_kv_heads // sp_size, 1)
@@ -122,6 +135,9 @@ class Context:
     checkpointed: tuple[str, ...] = ()
     on_unknown: OnUnknown = "gather"
     gradients: Gradients = "mean"
+    has_document_ends: bool = False
+    calls: list[RecordedCall] = field(default_factory=list)
+    masks: list[RecordedMask] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     assumptions: list[sympy.Basic] = field(default_factory=list)
     facts: set[str] = field(default_factory=set)

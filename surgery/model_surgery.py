@@ -29,6 +29,7 @@ from surgery.printing import GraphPrintout, make_printout
 from surgery.private import GroupName
 from surgery.program import Program, build_program
 from surgery.recipe import SEQUENCE_PARALLEL
+from surgery.recording import DOCUMENT_ENDS
 from surgery.report import Report, make_report
 from surgery.sharded_inputs import assemble, gather_slices
 from surgery.signature import BoundCall, Signature, TensorInput, autocast_dtype, bind_call, describe_tensors
@@ -165,6 +166,9 @@ class ModelSurgery:
             checkpointed=checkpointed_layers(self.model),
             on_unknown=options.on_unknown,
             gradients=options.gradients,
+            has_document_ends=any(tensor.name == DOCUMENT_ENDS for tensor in signature.tensors),
+            calls=captured.calls,
+            masks=captured.masks,
         )
         low, high = captured.bounds
         context.assumptions += [sympy.Ge(captured.length, low)] if low is not None else []

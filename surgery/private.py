@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.distributed.distributed_c10d import GroupName as GroupName
 from torch.export import ExportedProgram
 from transformers.exporters import exporter_dynamo  # noqa: F401  (fills the table of patches)
 from transformers.exporters.utils import apply_patches
+from transformers.modeling_utils import AttentionInterface
 
 
 def all_to_all_first_dim(x: Tensor, group_name: GroupName) -> Tensor:
@@ -54,6 +56,23 @@ def _arrived(x: Tensor) -> Tensor:
 def export_patches() -> Iterator[None]:
     """transformers' replacements for model code that does not export, for the time of one trace."""
     with apply_patches("dynamo"):
+        yield
+
+
+@contextmanager
+def intercepted_lookup(
+    replace: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Let `replace(name, function)` decide what models get that look up an attention function, eager ones included.
+
+    A model's eager attention is in no registry: it is the default that the model looks up with.
+    """
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return replace(name, original(self, name, default))
+
+    with mock.patch.object(AttentionInterface, "get_interface", get_interface):
         yield
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from surgery.errors import InputError
 
 SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
-SCALAR_INPUTS = frozenset({"num_items_in_batch"})
+SCALAR_INPUTS = frozenset({"num_items_in_batch", "max_length_q", "max_length_k"})
+COUNTED_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
+"""Inputs of one dimension that has its own length on every call: the ends of documents, of which there are many."""
 
 
 class TensorInput(NamedTuple):
-    """A tensor argument; each of `dims` is the batch "b", the sequence "s", or a fixed size."""
+    """A tensor argument; each of `dims` is the batch "b", the sequence "s", any count "n", or a fixed size."""
 
     name: str
     dtype: torch.dtype
@@ -76,6 +78,8 @@ def describe_tensor(name: str, tensor: Tensor, batch_size: int, length: int) -> 
 
     A batch of one is a signature of its own: models may branch on it, and torch.export takes any other for two or more.
     """
+    if name in COUNTED_INPUTS and tensor.ndim == 1:
+        return TensorInput(name, tensor.dtype, tensor.device, ("n",))
     dims: list[str | int] = []
     for dim, size in enumerate(tensor.shape):
         if dim == 0 and tensor.ndim > 1:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from surgery import (
     CaptureError,
@@ -276,10 +276,15 @@ def test_random_numbers_for_whole_values_are_refused() -> None:
         transform(model, 2)
 
 
-def test_attention_of_ones_own_is_not_replaced() -> None:
-    AttentionInterface.register("of-ones-own", lambda *args, **kwargs: None)
-    model = make_model("llama", attn_implementation="of-ones-own")
-    with pytest.raises(CaptureError, match=r"'of-ones-own' is not transformers' own.*Expected one of eager"):
+def test_an_attention_call_with_something_for_each_head_is_refused() -> None:
+    class Sloped(LlamaAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            kwargs["slopes"] = torch.ones(8)
+            return super().forward(*args, **kwargs)
+
+    model = make_model("llama")
+    model.model.layers[1].self_attn.__class__ = Sloped
+    with pytest.raises(CaptureError, match=r"model\.layers\.1\.self_attn passes slopes of shape \(8,\).*8 heads"):
         transform(model, 2)
 
 

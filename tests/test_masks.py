@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils as masks
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from surgery.attention import record_mask
-from surgery.masks import READERS, UNKNOWN, Pattern, read_mask_function
+from surgery.masks import READERS, UNKNOWN, Pattern, read_mask_function, write_mask_function
+from surgery.recording import Recording, record_mask
 from tests.zoo import make_config
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4, 5]])
@@ -27,24 +27,41 @@ sliding = masks.sliding_window_causal_mask_function(4)
 packed = masks.packed_sequence_mask_function(DOCUMENTS)
 remapped = masks.remap_positions_for_packed_sequence(causal, POSITIONS)
 
+starts = torch.tensor([0, 2])
+chunked = masks.chunked_causal_mask_function(4, starts)
+blocks = masks.blockwise_overlay(DOCUMENTS - 1)
+
 KNOWN = {
     "causal": (causal, "causal"),
     "bidirectional": (bidirectional, "bidirectional"),
     "sliding": (sliding, "causal, window 4"),
     "packed": (masks.and_masks(causal, packed), "causal, documents"),
     "packed_bidirectional": (packed, "bidirectional, documents"),
-    "remapped": (masks.and_masks(packed, remapped), "causal, documents"),
+    "remapped": (masks.and_masks(packed, remapped), "causal, documents, positions"),
     "sliding_packed": (masks.and_masks(sliding, packed), "causal, window 4, documents"),
     "window_ahead_open": (masks.sliding_window_overlay(4), "bidirectional, window 4"),
     "two_windows": (masks.and_masks(causal, *map(masks.sliding_window_overlay, (5, 3))), "causal, window 3"),
+    "window_both_ways": (masks.sliding_window_bidirectional_mask_function(3), "bidirectional, reach 3"),
+    "chunked": (chunked, "causal, chunk_size 4, chunk_starts"),
+    "chunked_packed": (
+        masks.packed_sequence_compatibility_function(chunked, POSITIONS, DOCUMENTS),
+        "causal, chunk_size 4, chunk_starts, documents, positions",
+    ),
+    "blockwise": (masks.or_masks(causal, blocks), "causal, blocks"),
+    "blockwise_packed": (
+        masks.or_masks(masks.packed_sequence_compatibility_function(sliding, POSITIONS, DOCUMENTS), blocks),
+        "causal, window 4, documents, positions, blocks",
+    ),
 }
 STRANGE = {
     "either": masks.or_masks(causal, packed),
-    "chunked": masks.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
-    "blockwise": masks.and_masks(causal, masks.blockwise_overlay(DOCUMENTS)),
+    "any_of_three": masks.or_masks(causal, packed, blocks),
+    "blocks_cut": masks.and_masks(causal, masks.blockwise_overlay(DOCUMENTS)),
+    "blocks_twice": masks.or_masks(masks.or_masks(causal, blocks), blocks),
+    "blocks_remapped": masks.and_masks(packed, masks.remap_positions_for_packed_sequence(blocks, POSITIONS)),
+    "chunks_twice": masks.and_masks(chunked, chunked),
     "padding": masks.and_masks(causal, masks.padding_mask_function(torch.ones(2, LENGTH))),
     "offset": masks.add_offsets_to_mask_function(causal, 2, 0),
-    "window_both_ways": masks.sliding_window_bidirectional_mask_function(4),
     "documents_twice": masks.and_masks(packed, packed),
     "remapped_alone": remapped,
     "own": lambda batch, head, query, key: query >= key,
@@ -54,10 +71,9 @@ STRANGE = {
 
 
 def words(pattern: Pattern) -> str:
-    parts = ["causal" if pattern.is_causal else "bidirectional"]
-    parts += [f"window {pattern.window}"] if pattern.window is not None else []
-    parts += ["documents"] if pattern.documents is not None else []
-    return ", ".join(parts)
+    said = {name: value for name, value in vars(pattern).items() if name != "is_causal" and value is not None}
+    parts = [f"{name} {value}" if isinstance(value, int) else name for name, value in said.items()]
+    return ", ".join(["causal" if pattern.is_causal else "bidirectional", *parts])
 
 
 def drawn(function: Callable[..., Any]) -> Tensor:
@@ -69,26 +85,13 @@ def drawn(function: Callable[..., Any]) -> Tensor:
     return mask
 
 
-def described(pattern: Pattern) -> Tensor:
-    """What a pattern says, [B, 1, S, S]."""
-    query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None]
-    seen = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
-    if pattern.is_causal:
-        seen = seen & (key <= query)
-    if pattern.window is not None:
-        seen = seen & (key > query - pattern.window)
-    if pattern.documents is not None:
-        seen = seen & (pattern.documents[:, None, :, None] == pattern.documents[:, None, None, :])
-    return seen
-
-
 @pytest.mark.parametrize("name", KNOWN)
 def test_recognised(name: str) -> None:
     function, expected = KNOWN[name]
     pattern = read_mask_function(function)
     assert words(pattern) == expected
     assert pattern is not UNKNOWN
-    assert torch.equal(described(pattern), drawn(function))
+    assert torch.equal(drawn(write_mask_function(pattern)), drawn(function))
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -110,8 +113,12 @@ def _parts(functions: list[Any]) -> Iterator[Any]:
 
 
 CREATORS: dict[str, tuple[Callable[..., Any], str]] = {
-    "causal": (masks.create_causal_mask, "causal, documents"),
-    "sliding": (masks.create_sliding_window_causal_mask, "causal, window 4, documents"),
+    "causal": (masks.create_causal_mask, "causal, documents, positions"),
+    "sliding": (masks.create_sliding_window_causal_mask, "causal, window 4, documents, positions"),
+    "chunked": (
+        masks.create_chunked_causal_mask,
+        "causal, chunk_size 4, chunk_starts, documents, positions",
+    ),
     "bidirectional": (masks.create_bidirectional_mask, "bidirectional"),
 }
 
@@ -122,7 +129,7 @@ def test_what_models_ask_for_is_recognised(name: str) -> None:
     create, expected = CREATORS[name]
     with recorded_mask_functions() as found:
         create(
-            config=make_config("mistral", sliding_window=4, attn_implementation="sdpa"),
+            config=make_config("mistral", sliding_window=4, attention_chunk_size=4, attn_implementation="sdpa"),
             inputs_embeds=torch.zeros(2, LENGTH, 64),
             attention_mask=None,
             **({} if name == "bidirectional" else {"past_key_values": None, "position_ids": POSITIONS}),
@@ -130,17 +137,22 @@ def test_what_models_ask_for_is_recognised(name: str) -> None:
     (pattern,) = map(read_mask_function, found)
     assert pattern is not UNKNOWN
     assert words(pattern) == expected
-    assert torch.equal(described(pattern), drawn(found[0]))
+    assert torch.equal(drawn(write_mask_function(pattern)), drawn(found[0]))
 
 
-def test_what_chunked_models_ask_for_is_strange() -> None:
-    config = make_config("llama", attn_implementation="sdpa")
-    config.attention_chunk_size = 4
+@pytest.mark.parametrize("create", [masks.create_causal_mask, masks.create_sliding_window_causal_mask])
+def test_blocks_of_image_tokens_are_recognised(create: Callable[..., Any]) -> None:
     with recorded_mask_functions() as found:
-        masks.create_chunked_causal_mask(
-            config=config, inputs_embeds=torch.zeros(2, LENGTH, 64), attention_mask=None, past_key_values=None
+        create(
+            config=make_config("mistral", sliding_window=4, attn_implementation="sdpa"),
+            inputs_embeds=torch.zeros(2, LENGTH, 64),
+            attention_mask=None,
+            past_key_values=None,
+            block_sequence_ids=DOCUMENTS - 1,
         )
-    assert [read_mask_function(function) for function in found] == [UNKNOWN]
+    (pattern,) = map(read_mask_function, found)
+    assert pattern.blocks is not None
+    assert torch.equal(drawn(write_mask_function(pattern)), drawn(found[0]))
 
 
 @contextmanager
@@ -158,13 +170,19 @@ def recorded_mask_functions() -> Iterator[list[Any]]:
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
+def recorded(function: Callable[..., Any], **options: Any) -> Tensor | None:
+    """What stands in for sdpa's mask function while a model is traced."""
+    recording = Recording(nn.Module(), {"sdpa": None})
+    return record_mask(recording, "sdpa", masks.sdpa_mask, 2, LENGTH, LENGTH, mask_function=function, **options)
+
+
 def test_strange_masks_are_built_in_full() -> None:
     strange = STRANGE["either"]
-    mask = record_mask(2, LENGTH, LENGTH, mask_function=strange)
+    mask = recorded(strange)
     assert mask is not None
     assert torch.equal(mask, drawn(strange))
 
 
 def test_plain_masks_are_nothing() -> None:
-    assert record_mask(2, LENGTH, LENGTH, mask_function=causal) is None
-    assert record_mask(2, LENGTH, LENGTH, mask_function=bidirectional, allow_is_bidirectional_skip=True) is None
+    assert recorded(causal) is None
+    assert recorded(bidirectional, allow_is_bidirectional_skip=True) is None

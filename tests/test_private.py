@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import surgery
 from surgery import private
-from surgery.attention import IGNORED_KWARGS, MEANINGFUL_KWARGS, record_attention, record_mask
 from surgery.capture import capture
+from surgery.private import intercepted_lookup
+from surgery.recording import record_mask
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
 from surgery.signature import bind_call, describe_tensors
 from tests.ranks import RankPool
@@ -193,14 +195,24 @@ def test_registries_shadow_and_restore_entries(registry: Any) -> None:
     assert registry.get("no such implementation") is None
 
 
-def test_recording_takes_what_transformers_passes() -> None:
-    given = set(inspect.signature(sdpa_mask).parameters) - {"args", "kwargs"}
+def test_mask_functions_take_what_they_are_asked_with() -> None:
+    given = set(inspect.signature(sdpa_mask).parameters)
     understood = set(inspect.signature(record_mask).parameters)
-    assert {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"} <= given
-    assert given - understood <= {"local_size", "use_vmap"}
-    own = inspect.signature(transformers.integrations.sdpa_attention.sdpa_attention_forward).parameters
-    recorded = inspect.signature(record_attention).parameters
-    assert set(own) - {"kwargs"} <= set(recorded) | IGNORED_KWARGS | MEANINGFUL_KWARGS
+    assert {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"} <= (
+        given & understood
+    )
+    assert {"allow_is_causal_skip", "allow_is_bidirectional_skip", "device"} <= given
+
+
+def test_lookups_of_attention_functions_are_intercepted_and_let_go() -> None:
+    def own(*args: Any) -> None: ...
+
+    def replaced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return print if (name, function) == ("eager", own) else function
+
+    with intercepted_lookup(replaced):
+        assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", own) is print
+    assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", own) is own
 
 
 def test_exporter_patches_are_undone() -> None:

@@ -22,7 +22,7 @@ KEYS = "b 4 s 4"
 
 def attend(query: Tensor, key: Tensor, mask: Tensor | None = None, *, is_causal: bool = False) -> Tensor:
     """One recorded attention call."""
-    output: Tensor = torch.ops.surgery.attention(query, key, key, mask, 0.0, None, is_causal)
+    output: Tensor = torch.ops.surgery.attention(query, key, key, mask, 0.0, None, is_causal, [], [])
     return output
 
 

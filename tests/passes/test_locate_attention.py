@@ -10,7 +10,7 @@ from surgery.errors import ConfigurationError, UnsupportedOperationError
 from surgery.metadata import Mask
 from tests.golden import check_golden
 from tests.passes.attending import KEYS, attend, causal, describe
-from tests.tracing import copy_graph, operate, trace
+from tests.tracing import copy_graph, make_context, operate, trace
 
 
 def test_golden() -> None:
@@ -21,14 +21,16 @@ def test_golden() -> None:
 
 
 def test_finds_sites() -> None:
-    (site,) = find_sites(copy_graph(causal()))
+    graph = copy_graph(causal())
+    (site,) = find_sites(graph, make_context(graph, 4))
     assert (site.num_heads, site.num_kv_heads, site.head_size, site.element_size_bytes) == (8, 4, 4, 8)
     assert site.mask == Mask(is_causal=True)
 
 
 def test_reads_masks() -> None:
     module = trace(lambda q, k: attend(q, k, describe(q, documents=k[:, 0, :, 0], window=3)), "b 8 s 4", KEYS)
-    (site,) = find_sites(copy_graph(module))
+    graph = copy_graph(module)
+    (site,) = find_sites(graph, make_context(graph, 4))
     assert site.mask is not None
     assert str(site.mask) == "causal, window 3, documents"
 
@@ -42,7 +44,8 @@ def test_leaves_recorded_calls_alone() -> None:
 
 def test_a_mask_of_the_models_own_has_no_description() -> None:
     module = trace(lambda q, k: attend(q, k, (q @ k.transpose(2, 3)) > 0), "b 4 s 4", KEYS)
-    (site,) = find_sites(copy_graph(module))
+    graph = copy_graph(module)
+    (site,) = find_sites(graph, make_context(graph, 4))
     assert site.mask is None
 
 
