@@ -6,7 +6,8 @@ import functools
 import types
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from surgery.model_surgery import ModelSurgery
 
@@ -23,6 +24,8 @@ def install(model: Any, surgery: ModelSurgery) -> None:
     model.forward = types.MethodType(forward, model)
     if hasattr(model, "generate"):
         model.generate = types.MethodType(_bypassing(type(model).generate), model)
+    if surgery.options.inputs == "sharded" and hasattr(type(model), "loss_function"):
+        model.loss_function = _of_a_slice(model)
 
 
 def _bypassing(generate: Any) -> Any:
@@ -37,7 +40,29 @@ def _bypassing(generate: Any) -> Any:
     return run
 
 
+def _of_a_slice(model: Any) -> Any:
+    """The model's loss function, which a loop calls on a slice's logits: 0, not 0/0, where all its labels are ignored.
+
+    A mean over the ranks weighted by their labels, as loops take it, then counts such a slice for nothing.
+    """
+    original, replaced = model.loss_function, model.__dict__.get("_loss_function")
+
+    @functools.wraps(original)
+    def loss_function(logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        loss = original(logits, labels, *args, **kwargs)
+        given = kwargs.get("shift_labels") if kwargs.get("shift_labels") is not None else labels
+        has_labels = given is None or (given != kwargs.get("ignore_index", -100)).any()
+        return loss if has_labels is True else torch.where(has_labels, loss, logits.sum() * 0)
+
+    loss_function.replaced = replaced  # type: ignore[attr-defined]
+    return loss_function
+
+
 def uninstall(model: nn.Module) -> None:
     """Take back everything `install` did."""
+    given = model.__dict__.pop("_loss_function", None)
+    previous = getattr(given, "replaced", given)
+    if previous is not None:
+        model.__dict__["_loss_function"] = previous
     for name in ("forward", "generate", "surgery"):
         model.__dict__.pop(name, None)

@@ -56,13 +56,13 @@ def even_runs(length: int, size: int) -> Runs:
     return tuple((rank + 1) * length // size - rank * length // size for rank in range(size))
 
 
-def assemble(call: BoundCall, axis: Axis) -> tuple[BoundCall, Slices]:
-    """The call that all ranks together make, and how its sequence was cut.
+def assemble(call: BoundCall, axis: Axis, problem: str | None = None) -> tuple[BoundCall, Slices]:
+    """The call that all ranks together make, and how its sequence was cut; `problem` is one that this rank has already.
 
     Raises `InputError` on every rank if the calls do not go together, naming what differs.
     """
-    dims, problem = find_sequence_dims(call)
-    slices = Slices(exchange_lengths(call, problem, axis), axis)
+    dims, misfit = find_sequence_dims(call)
+    slices = Slices(exchange_lengths(call, problem or misfit, axis), axis)
     _check_masks(call, dims, sum(slices.lengths))
     tensors = dict(call.tensors)
     integers = {name: dim for name, dim in dims.items() if not call.tensors[name].is_floating_point()}

@@ -10,7 +10,7 @@ from surgery.checkpointing import checkpointed_layers
 from surgery.errors import CaptureError
 from surgery.private import is_idle_hook
 
-INSTALLED = ("forward", "generate")  # what the transform itself puts on the model
+INSTALLED = ("forward", "generate", "_loss_function")  # what the transform itself puts on the model
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # left behind when it is switched off
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
