@@ -22,7 +22,6 @@ from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery.api import transform
-from surgery.attention import KNOWN_IMPLEMENTATIONS
 from surgery.checks import how_to_launch
 from surgery.collectives import Axis, exchange_to_heads, exchange_to_sequence
 from surgery.errors import ConfigurationError, InputError, LaunchError
@@ -187,7 +186,7 @@ class UlyssesSPAttentionHF(nn.Module):
 
 
 def _check_registration(model: Any, attention: str, micro_batch_size: int) -> None:
-    names = sorted({*KNOWN_IMPLEMENTATIONS, *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    names = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
     if attention not in names:
         raise ConfigurationError(
             f"expected core_attn_implementation to be one of {', '.join(names)}; found {attention!r}. Register it with "
