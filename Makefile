@@ -2,6 +2,7 @@
 # make test    every test;  PYTEST="-m 'not slow'" leaves the slow ones out
 # make lint    ruff and mypy
 # make examples    the demo and the other examples
+# make sweep   every text architecture of transformers, whole and sharded; ARGS="--again refused" repeats those
 #
 # Each sets up .venv on first use, and again when pyproject.toml or constraints.txt changes.
 
@@ -17,7 +18,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 
-.PHONY: demo test lint examples clean
+.PHONY: demo test lint examples sweep clean
 
 demo: $(INSTALLED)
 	$(TORCHRUN) examples/train_long_context.py $(ARGS)
@@ -33,6 +34,9 @@ lint: $(INSTALLED)
 examples: $(INSTALLED) demo
 	$(TORCHRUN) examples/quickstart.py
 	$(TORCHRUN) examples/compile_model.py
+
+sweep: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m surgery sweep $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

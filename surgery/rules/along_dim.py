@@ -109,8 +109,39 @@ def repeat(call: Call) -> Step | None:
     if not isinstance(placement, Sharded):
         return None
     repeats = call.arguments["repeats"]
-    result = placement.moved_to(placement.dim + len(repeats) - len(call.operands[0].shape))
-    return Step((placement,), (result,)) if repeats[result.dim] == 1 else None
+    dim = placement.dim + len(repeats) - len(call.operands[0].shape)
+    if not isinstance(repeats[dim], int):
+        return None
+    return Step((placement,), (Sharded(dim, repeats[dim] * placement.outer, placement.inner),))
+
+
+@rule("aten::view_as_complex", "aten::view_as_real", family="along-dim")
+def pair(call: Call) -> Step | None:
+    """The last dimension, of two numbers each, becomes one of complex numbers, or comes out of one."""
+    placement = call.operands[0].placement
+    is_last = isinstance(placement, Sharded) and placement.dim == len(call.operands[0].shape) - 1
+    is_consumed = is_last and len(call.shape) < len(call.operands[0].shape)
+    return None if is_consumed else uniform(call, placement)
+
+
+@rule("aten::slice_scatter", family="along-dim")
+def slice_scatter(call: Call) -> Step | None:
+    lead = call.sharded[0].placement
+    return uniform(call, lead) if isinstance(lead, Sharded) and lead.dim != call.dim() else None
+
+
+@rule("aten::select_scatter", family="along-dim")
+def select_scatter(call: Call) -> Step | None:
+    target, source = call.operand("self"), call.operand("src")
+    if target is None or source is None or target.node is source.node:
+        return None
+    dim, lead = call.dim(ndim=len(call.shape)), call.sharded[0].placement
+    assert isinstance(lead, Sharded)
+    whole = lead if call.sharded[0] is target else lead.moved_to(lead.dim + (dim <= lead.dim))
+    if whole.dim == dim:
+        return None
+    required: dict[object, Placement] = {target.node: whole, source.node: whole.moved_to(whole.dim - (dim < whole.dim))}
+    return Step(tuple(required[operand.node] for operand in call.operands), (whole,))
 
 
 @rule("aten::repeat_interleave", family="along-dim")

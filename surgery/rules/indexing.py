@@ -2,7 +2,7 @@
 
 embedding     [V, H][ids [B, S/P]]             -> [B, S/P, H]
 rotary cache  [T, H][positions [B, S/P]]       -> [B, S/P, H]
-gather        [B, S/P, E], index [B, S/P, k]   -> [B, S/P, k]    along E
+gather        [B, S/P, E], index [B, S/P, k]   -> [B, S/P, k]    along E; scatter the other way
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ def one_hot(call: Call) -> Step | None:
     return uniform(call, call.operands[0].placement)
 
 
-@rule("aten::gather", family="indexing")
+@rule("aten::gather", "aten::scatter", "aten::scatter_add", family="indexing")
 def gather(call: Call) -> Step | None:
     lead = call.sharded[0].placement
     if call.arguments.get("dim") is None or not isinstance(lead, Sharded) or lead.dim == call.dim():
         return None
     has_same_length = all(operand.shape[lead.dim] == call.sharded[0].shape[lead.dim] for operand in call.operands)
-    return uniform(call, lead) if has_same_length and len(call.operands) == 2 else None
+    is_distinct = len(call.operands) > 1  # where one tensor is all of them, it is looked up in itself
+    return uniform(call, lead) if has_same_length and is_distinct else None
 
 
 @rule("aten::index", family="indexing")

@@ -18,6 +18,7 @@ from surgery.rules.table import rule
 UNTAGGED = (
     "aten::alias",
     "aten::clone",
+    "aten::complex",
     "aten::contiguous",
     "aten::detach",
     "aten::empty_like",
@@ -26,6 +27,7 @@ UNTAGGED = (
     "aten::lift_fresh_copy",
     "aten::masked_fill",
     "aten::ones_like",
+    "aten::polar",
     "aten::silu",
     "aten::softplus",
     "aten::to",

@@ -1,0 +1,87 @@
+"""Real ranks on one machine: processes joined by gloo, started once and kept, that run functions sent to them.
+
+    pool.run(function, *args)   ->   [result of rank 0, result of rank 1, ...]
+
+A world of four serves both sizes: sp_size 4, and sp_size 2 as a grid of dp 2 x sp 2.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_S = 600
+PRELOADED = ["torch", "transformers", "transformers.exporters", "surgery"]
+
+
+class RanksLostError(Exception):
+    """A rank died or hangs, so that the others wait for it."""
+
+
+class RankPool:
+    """Processes that each hold one rank of a gloo world."""
+
+    def __init__(self, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout_s = timeout_s
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        store = os.path.join(tempfile.mkdtemp(prefix="surgery-ranks-"), "store")
+        pairs = [context.Pipe() for _ in range(world_size)]
+        self._pipes = [ours for ours, _ in pairs]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call `function` on every rank; raises with the first failing rank's traceback.
+
+        Raises `RanksLostError` where a rank dies, or does not answer in time: the world can only be closed then.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args, kwargs))
+        answers = [self._answer(rank, pipe) for rank, pipe in enumerate(self._pipes)]
+        failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text is not None]
+        assert not failures, "\n".join(failures)
+        return [result for _, result in answers]
+
+    def _answer(self, rank: int, pipe: Connection) -> tuple[str | None, Any]:
+        try:
+            if not pipe.poll(self.timeout_s):
+                raise RanksLostError(f"rank {rank} did not answer within {self.timeout_s} s")
+            answer: tuple[str | None, Any] = pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            raise RanksLostError(f"rank {rank} died") from error
+        return answer
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=2)
+            process.kill()
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size)
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((None, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))

@@ -1,0 +1,128 @@
+"""`surgery verify` and the sweep: the outcomes, and that a wrong model would be found out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from surgery import collectives
+from surgery.batches import KINDS, make_batch
+from surgery.catalog import Architecture, find_architecture, list_architectures
+from surgery.cli import main
+from surgery.coverage import coverage_page
+from surgery.shrink import shrink
+from surgery.sweep import Row, read_rows, sweep
+from surgery.trial import EXACT, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, try_model
+from surgery.verify import Verification
+from tests.ranks import RankPool
+
+LLAMA = Architecture("causal-lm", "LlamaForCausalLM", "llama")
+
+
+def _try(architecture: Architecture, kinds: list[str]) -> list[Outcome]:
+    return try_model(architecture.make, architecture.as_decoder(shrink(architecture.default_config())), 2, kinds)
+
+
+def _try_with_a_lost_gather(architecture: Architecture, kinds: list[str]) -> list[Outcome]:
+    """A mistake as a rule could make it: the loss is this rank's addend alone."""
+    with mock.patch.object(collectives, "all_reduce_sum", lambda x, group_name: x * 1):
+        return _try(architecture, kinds)
+
+
+def test_every_kind_of_input_on_a_plain_decoder(pair: RankPool) -> None:
+    outcomes = pair.run(_try, LLAMA, list(KINDS))[0]
+    assert [outcome.kind for outcome in outcomes] == list(KINDS)
+    assert {outcome.verdict for outcome in outcomes} <= {EXACT, REFUSED}
+    assert [outcome.kind for outcome in outcomes if outcome.verdict == REFUSED] in ([], ["odd"])
+
+
+def test_a_wrong_loss_is_found_out(pair: RankPool) -> None:
+    (outcome,) = pair.run(_try_with_a_lost_gather, LLAMA, ["uneven"])[0]
+    assert outcome.verdict == WRONG
+    assert outcome.error is not None
+    assert outcome.error > 0.1
+
+
+def test_what_is_gathered_is_named(pair: RankPool) -> None:
+    (outcome,) = pair.run(_try, Architecture("causal-lm", "BloomForCausalLM", "bloom"), ["uneven"])[0]
+    assert outcome.verdict == GATHERED
+    assert "bmm" in outcome.cost
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code"),
+    [
+        ([EXACT, GATHERED], 0),
+        ([EXACT, UNRUNNABLE], 0),
+        ([EXACT, REFUSED], 1),
+        ([UNRUNNABLE], 1),
+        ([WRONG, REFUSED, EXACT], 3),
+    ],
+)
+def test_exit_codes(verdicts: list[str], code: int) -> None:
+    outcomes = tuple(Outcome("plain", verdict) for verdict in verdicts)
+    assert Verification("LlamaForCausalLM", 2, 2, outcomes).exit_code == code
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    with mock.patch("surgery.verify.KINDS", ["uneven"]):
+        assert main(["verify", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"] == "LlamaForCausalLM"
+    assert facts["outcomes"][0]["verdict"] == EXACT
+
+
+def test_refused_for_a_model_without_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "vit"]) == 1
+    assert "language model" in capsys.readouterr().err
+
+
+def test_batches_keep_away_from_special_tokens() -> None:
+    config: Any = shrink(AutoConfig.for_model("bert", pad_token_id=25))
+    for kind in KINDS:
+        assert not (make_batch(kind, config)["input_ids"] == 25).any()
+    assert torch.equal(make_batch("packed", config)["position_ids"][0, :13], torch.tensor([*range(12), 0]))
+
+
+def test_catalog_has_every_class_once() -> None:
+    names = [architecture.class_name for architecture in list_architectures()]
+    assert len(names) == len(set(names)) > 200
+    assert LLAMA in list_architectures()
+    assert find_architecture(AutoConfig.for_model("t5")) == Architecture("seq2seq", "T5ForConditionalGeneration", "t5")
+
+
+def test_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "coverage.jsonl"
+    done = Row(LLAMA, (Outcome("uneven", EXACT, error=1e-7),))
+    path.write_text(json.dumps(done.to_dict()) + "\n")
+    unbuildable = Architecture("masked-lm", "ViTModel", "vit")
+    (row,) = sweep(path, [LLAMA, unbuildable], 2, ["uneven"])
+    assert row.architecture == unbuildable
+    assert row.outcomes[0].verdict == UNRUNNABLE
+    assert done in read_rows(path)
+    assert len(read_rows(path)) == 2
+
+
+def test_page_counts_and_groups() -> None:
+    rows = [
+        Row(LLAMA, (Outcome("plain", EXACT, error=2e-7, where="lm_head.weight"), Outcome("odd", EXACT, error=1e-7))),
+        Row(
+            Architecture("masked-lm", "A", "a"),
+            (Outcome("plain", REFUSED, "Could not guard on data-dependent expression"),),
+        ),
+        Row(
+            Architecture("masked-lm", "B", "b"),
+            (Outcome("plain", UNRUNNABLE, "no"), Outcome("odd", GATHERED, cost="fft")),
+        ),
+    ]
+    page = coverage_page(rows, 2)
+    assert "| exact | 1 | 33.3% |" in page
+    assert "| LlamaForCausalLM | exact | 2.0e-07 | lm_head.weight |  |" in page
+    assert "- **the forward branches on values of tensors** (1): A" in page
