@@ -18,6 +18,9 @@ from surgery.collectives import exchange_to_heads, exchange_to_sequence
 from surgery.metadata import KEY, Context, NodeFacts, Site, Skip, facts_of
 from surgery.pipeline import PassResult
 from surgery.placement import HeadSharded, Sharded
+from surgery.rules.attention import SEQUENCE_DIM
+from surgery.shapes import shape_of
+from surgery.sizes import size_node
 
 TOKENS = 3  # query, key and value lead the arguments of an attention call
 
@@ -42,7 +45,8 @@ def exchange(graph: fx.Graph, site: Site, context: Context) -> None:
     call = site.node
     tokens = [arg for arg in call.args[:TOKENS] if isinstance(arg, fx.Node)]
     with graph.inserting_before(call):
-        packed = graph.call_function(exchange_to_heads, tuple(tokens), {"axis": context.axis})
+        length = size_node(graph, shape_of(call.meta["val"])[SEQUENCE_DIM], context.sizes)
+        packed = graph.call_function(exchange_to_heads, (*tokens, length), {"axis": context.axis})
         heads = [graph.call_function(operator.getitem, (packed, i)) for i in range(TOKENS)]
     for source, head in zip(tokens, heads, strict=True):
         _describe(head, source, call)

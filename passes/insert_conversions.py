@@ -3,9 +3,10 @@
     replicated -> sharded     shard(x, dim)          a slice; backward: zeros around it
     sharded -> replicated     gather(x, dim)         an all-gather; backward: a reduce-scatter
     partial -> anything       all_reduce(x)          backward: an all-reduce
-    view(x, [B, S, N, H])     view(x, [B, S//P, N, H])
+    view(x, [B, S, -1, H])    view(x, [B, local_length(S), N, H])
 
-Each value is converted once per placement, right where it is made.
+Each value is converted once per placement, right where it is made. A size of -1 beside a local one is written out: a
+rank may hold no tokens, and then it could be anything.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 
 from surgery import collectives
+from surgery.axis import local_length
 from surgery.metadata import KEY, Context, NodeFacts, facts_of
 from surgery.pipeline import PassResult
 from surgery.placement import REPLICATED, Partial, Placement, Replicated, Sharded
 from surgery.rules.call import Step, bind_arguments, tensor_nodes
-from surgery.shapes import quotient, to_expr
-from surgery.sizes import Size, floor_divide, size_node
+from surgery.rules.table import operation_name
+from surgery.rules.views import SIZES
+from surgery.shapes import length_of, quotient, shape_of, to_expr
+from surgery.sizes import Size, size_node, times
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,12 @@ class InsertConversions:
 
 @dataclass
 class _Editor:
-    """The edits of one run: `converted` remembers each conversion by value and placement."""
+    """The edits of one run, which remembers each conversion by value and placement, and each local size."""
 
     graph: fx.Graph
     context: Context
     converted: dict[tuple[fx.Node, Placement], fx.Node] = field(default_factory=dict)
+    local_sizes: dict[sympy.Expr, fx.Node] = field(default_factory=dict)
     num_local_sizes: int = 0
 
     def apply(self, node: fx.Node) -> None:
@@ -57,7 +63,8 @@ class _Editor:
         for source, placement in zip(tensor_nodes(node), step.operands, strict=True):
             node.replace_input_with(source, self._convert(source, placement))
         if step.replacement is not None:
-            self._replace(node, step)
+            with self.graph.inserting_before(node):
+                self._replace(node, step)
 
     def finish_outputs(self) -> None:
         """Outputs leave whole, or as shards along one whole dimension."""
@@ -88,7 +95,8 @@ class _Editor:
         if isinstance(current, Partial):
             source, current = self._emit(collectives.all_reduce, source, (), REPLICATED), REPLICATED
         elif isinstance(current, Sharded):
-            source = self._emit(collectives.gather, source, self._around(current), REPLICATED)
+            length = size_node(self.graph, length_of(shape_of(source.meta["val"]), current), self.context.sizes)
+            source = self._emit(collectives.gather, source, (*self._around(current), length), REPLICATED)
         if isinstance(placement, Sharded):
             source = self._emit(collectives.shard, source, self._around(placement), placement)
         return source
@@ -105,31 +113,55 @@ class _Editor:
         return node
 
     def _localize_sizes(self, node: fx.Node, step: Step) -> None:
+        sizes = step.sizes
         if facts_of(node).family == "region":
-            node.args = fx.map_arg(node.args, lambda arg: self._local(arg, node))
-        if step.sizes is None:
+            node.args = fx.map_arg(node.args, self._local)
+            sizes = SIZES.get(operation_name(node.target))
+        result = step.results[0] if step.results else REPLICATED
+        if sizes is None or not isinstance(result, Sharded):
             return
-        result = step.results[0]
-        assert isinstance(result, Sharded)
-        sizes = list(bind_arguments(node)[step.sizes])
+        given = list(bind_arguments(node)[sizes])
         position = result.dim - step.first_size_dim
-        if 0 <= position < len(sizes) and sizes[position] != -1:
-            sizes[position] = self._local(sizes[position], node)
-            _set_argument(node, step.sizes, sizes)
+        if 0 <= position < len(given) and given[position] != -1:
+            given[position] = self._local(given[position])
+            shape = shape_of(node.meta["val"])[step.first_size_dim :]
+            _set_argument(node, sizes, [self._written_out(*pair, node) for pair in zip(given, shape, strict=False)])
 
-    def _local(self, size: Any, node: fx.Node) -> Any:
-        """`size` divided by P where it counts the tokens of a whole sequence."""
+    def _written_out(self, size: Any, expr: sympy.Expr, node: fx.Node) -> Any:
+        """A size of -1, which can only be told from the others while a rank holds tokens, as what it stands for."""
+        if size != -1 or not expr.free_symbols <= self.context.sizes.keys():
+            return size
+        with self.graph.inserting_before(node):
+            return size_node(self.graph, expr, self.context.sizes)
+
+    def _local(self, size: Any) -> Any:
+        """What this rank holds of a `size` that counts tokens of a whole sequence: of B * S, B * local_length(S)."""
         if not isinstance(size, fx.Node) or not isinstance(size.meta.get("val"), torch.SymInt):
             return size
         expr = to_expr(size.meta["val"])
-        if all(quotient(expr, length) is None for length in self.context.lengths):
+        length = next((length for length in self.context.lengths if quotient(expr, length) is not None), None)
+        if length is None:
             return size
         self.num_local_sizes += 1
-        with self.graph.inserting_before(node):
-            return floor_divide(self.graph, size, self.context.axis.size)
+        if expr not in self.local_sizes:
+            self.local_sizes[expr] = self._local_size(expr, length)
+            self.local_sizes[expr].meta = {"val": size.meta["val"], KEY: NodeFacts((Sharded(0),), "size")}
+        return self.local_sizes[expr]
+
+    def _local_size(self, expr: sympy.Expr, length: sympy.Symbol) -> fx.Node:
+        """The node that computes a local size, behind the sizes that all of the graph reads."""
+        whole = self.context.sizes[length]
+        if expr == length:
+            with self.graph.inserting_after(max(self.context.sizes.values())):
+                return self.graph.call_function(local_length, (whole,), {"axis": self.context.axis})
+        own = self._local(whole)
+        with self.graph.inserting_before(own.next):
+            factor = size_node(self.graph, sympy.cancel(expr / length), self.context.sizes)
+            return times(self.graph, own, factor)
 
     def _replace(self, node: fx.Node, step: Step) -> None:
-        node.kwargs = {**bind_arguments(node), **dict(step.whole), "axis": self.context.axis}
+        numbers = {name: size_node(self.graph, expr, self.context.sizes) for name, expr in step.numbers}
+        node.kwargs = {**bind_arguments(node), **dict(step.whole), **numbers, "axis": self.context.axis}
         node.args = ()
         node.target = step.replacement  # type: ignore[assignment]
 

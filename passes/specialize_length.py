@@ -1,6 +1,6 @@
 """Turn the sequence length into a number, for models transformed for one length only.
 
-view(x, [B, sequence_length // 4, -1, 64])    ->   view(x, [B, 8192, -1, 64])
+view(x, [B, local_length(sequence_length), 8, 64])    ->   view(x, [B, 8192, 8, 64])
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import ClassVar
 
 from torch import fx
 
+from surgery.axis import local_length
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
 
-ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv)
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, local_length)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SpecializeLength:
         folded = 1
         while constants := find_constants(graph):
             for node in constants:
-                replace_by_number(graph, node, node.target(*node.args))  # type: ignore[operator]
+                replace_by_number(graph, node, node.target(*node.args, **node.kwargs))  # type: ignore[operator]
             folded += len(constants)
         return PassResult(folded)
 

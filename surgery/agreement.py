@@ -1,6 +1,7 @@
-"""Whether the ranks of a group were given the same batch: an error on all of them instead of nonsense, or a hang.
+"""Whether the ranks of a group hold the same batch, or shards of one sequence: an error on all instead of nonsense.
 
 rank 0: [signature, B, S, checksum]   --all-gather-->   every rank compares all rows
+rank 0: [tokens of its shard]         --all-gather-->   every rank knows the whole length
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from surgery.axis import Axis, run_lengths
 from surgery.errors import InputError
 from surgery.private import all_gather_first_dim
 from surgery.signature import BoundCall
@@ -35,6 +37,22 @@ def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:
                 "Expected the same whole batch on each. Seed their data loaders alike, and shard batches over the "
                 "data-parallel ranks only: mpu.get_data_parallel_rank()."
             )
+
+
+def whole_length(own: int, axis: Axis, device: torch.device) -> int:
+    """The length S of a sequence of which this rank holds `own` tokens. Raises `InputError` on every rank if it is none."""
+    if torch.compiler.is_compiling():
+        raise InputError(
+            "gather() inside torch.compile cannot ask the other ranks how many tokens they hold. Expected the length "
+            "of the whole sequence. Call gather(value, length=input_ids.shape[1])."
+        )
+    lengths = all_gather_first_dim(torch.tensor([own], device=device), axis.size, axis.group_name).tolist()
+    if lengths != run_lengths(sum(lengths), axis.size):
+        raise InputError(
+            f"expected the shards of one sequence, found {', '.join(map(str, lengths))} tokens on the ranks. "
+            "Gather what the model returned, along the dimension that holds the sequence: gather(value, dim)."
+        )
+    return sum(lengths)
 
 
 def _names(call: BoundCall) -> int:

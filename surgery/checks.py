@@ -44,12 +44,6 @@ def _check_length(length: int, options: Options) -> None:
             f"expected sequences of {options.seq_length} tokens, as the model was transformed for, found {length}. "
             "Pad to that length, or transform with seq_length_is_variable=True."
         )
-    if length % options.sp_size:
-        fitting = -(-length // options.sp_size) * options.sp_size
-        raise InputError(
-            f"expected a sequence length that divides over {options.sp_size} ranks, found {length} tokens. "
-            f"Pad to {fitting}, with labels of -100."
-        )
 
 
 def how_to_launch(sp_size: int) -> str:

@@ -11,38 +11,48 @@ Letters: B batch, N heads, S sequence, H head size, P sequence-parallel ranks, F
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from surgery.private import GroupName, all_gather_first_dim, all_reduce_sum, all_to_all_first_dim
-
-
-class Axis(NamedTuple):
-    """One rank's view of the sequence-parallel mesh axis."""
-
-    size: int
-    rank: int
-    group_name: GroupName
+from surgery.axis import Axis as Axis
+from surgery.axis import first_token, local_length, run_lengths
+from surgery.private import all_gather_first_dim, all_reduce_sum, all_to_all_runs
 
 
 def shard(x: Tensor, dim: int, outer: int, inner: int, axis: Axis) -> Tensor:
     """Take this rank's run of the sequence: `[..., outer * S * inner, ...] -> [..., outer * S/P * inner, ...]`."""
     if outer == 1 and inner == 1:
-        length = x.shape[dim] // axis.size
-        return x.narrow(dim, axis.rank * length, length)
-    split = _split_dim(x, dim, (outer, -1, inner))
-    length = split.shape[dim + 1] // axis.size
-    return split.narrow(dim + 1, axis.rank * length, length).flatten(dim, dim + 2)
+        return _own_run(x, dim, axis)
+    return _own_run(_split_dim(x, dim, (outer, -1, inner)), dim + 1, axis).flatten(dim, dim + 2)
 
 
-def gather(x: Tensor, dim: int, outer: int, inner: int, axis: Axis) -> Tensor:
-    """Make the sequence whole on every rank: `[..., outer * S/P * inner, ...] -> [..., outer * S * inner, ...]`."""
-    split = _split_dim(x, dim, (outer, -1, inner)).movedim(dim + 1, 0)
-    whole = all_gather_first_dim(split.contiguous(), axis.size, axis.group_name)
+def _own_run(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    length = x.shape[dim]
+    return x.narrow(dim, first_token(length, axis.rank, axis.size), local_length(length, axis))
+
+
+def gather(x: Tensor, dim: int, outer: int, inner: int, length: int, axis: Axis) -> Tensor:
+    """Make a sequence of S tokens whole: `[..., outer * S/P * inner, ...] -> [..., outer * S * inner, ...]`."""
+    split = _split_dim(x, dim, (outer, local_length(length, axis), inner)).movedim(dim + 1, 0)
+    whole = gather_runs(split, run_lengths(length, axis.size), axis)
     return whole.movedim(0, dim + 1).flatten(dim, dim + 2)
+
+
+def gather_runs(x: Tensor, lengths: Sequence[int], axis: Axis) -> Tensor:
+    """The ranks' runs end to end in dim 0, on every rank. Backward: each gets the sum of its run's gradients.
+
+    An all-gather takes equal runs only. Others travel in an all-to-all, in which each rank sends its own to all: no
+    byte more. So do those that are not known to be equal, compiled for any length: to ask would compile twice.
+    """
+    if all(statically_known_true(length == lengths[0]) for length in lengths):
+        return all_gather_first_dim(x.contiguous(), axis.size, axis.group_name)
+    copies = x.expand(axis.size, *x.shape).flatten(0, 1)
+    return all_to_all_runs(copies, [x.shape[0]] * axis.size, list(lengths), axis.group_name)
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -51,11 +61,13 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 
 def mean_addend(
-    self: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Axis
+    self: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, count: int, axis: Axis
 ) -> Tensor:
-    """This rank's addend of a mean over the (evenly sharded) sequence."""
-    local = self.mean(dtype=dtype) if dim is None else self.mean(dim, keepdim, dtype=dtype)
-    return local / axis.size
+    """This rank's addend of a mean over `count` elements of the whole, summed in float32 at least."""
+    result = self.dtype if dtype is None else dtype
+    precise = torch.promote_types(result, torch.float32)
+    local = self.sum(dtype=precise) if dim is None else self.sum(dim, keepdim, dtype=precise)
+    return (local / count).to(result)
 
 
 def sharded_cross_entropy(
@@ -99,7 +111,9 @@ def _label_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> T
     return torch.where(counted, weight[labels.clamp(min=0)], 0).sum()
 
 
-def exchange_to_heads(query: Tensor, key: Tensor, value: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+def exchange_to_heads(
+    query: Tensor, key: Tensor, value: Tensor, length: int, axis: Axis
+) -> tuple[Tensor, Tensor, Tensor]:
     """Trade sequence shards for head shards, in one all-to-all.
 
         query       [B, N,  S/P, H] -> [B, N/P, S, H]
@@ -110,7 +124,8 @@ def exchange_to_heads(query: Tensor, key: Tensor, value: Tensor, axis: Axis) -> 
     """
     parts = [_by_destination(x, axis.size) for x in (query, key, value)]
     packed = torch.cat([part.flatten(3) for part in parts], dim=-1)
-    received = all_to_all_first_dim(packed.flatten(0, 1), axis.group_name)
+    own = [query.shape[2]] * axis.size
+    received = all_to_all_runs(packed.flatten(0, 1), own, run_lengths(length, axis.size), axis.group_name)
     pieces = received.split([part.shape[3] * part.shape[4] for part in parts], dim=-1)
     heads = [
         _split_dim(piece, 2, tuple(part.shape[3:])).permute(1, 2, 0, 3)
@@ -133,10 +148,11 @@ def exchange_to_sequence(output: Tensor, axis: Axis) -> Tensor:
 
     The result is a transposed view of a contiguous [B, S/P, N, H], the layout the output projection reads.
     """
-    num_heads, head_size = output.shape[1], output.shape[3]
+    num_heads, length, head_size = output.shape[1:]
     packed = output.permute(2, 0, 1, 3).flatten(2).contiguous()
-    received = all_to_all_first_dim(packed, axis.group_name)
-    split = _split_dim(_split_dim(received, 2, (num_heads, head_size)), 0, (axis.size, -1))
+    own = [local_length(length, axis)] * axis.size
+    received = all_to_all_runs(packed, run_lengths(length, axis.size), own, axis.group_name)
+    split = _split_dim(_split_dim(received, 2, (num_heads, head_size)), 0, (axis.size, own[0]))
     return split.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
 

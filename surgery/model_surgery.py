@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from surgery import collectives
-from surgery.agreement import check_same_call
+from surgery.agreement import check_same_call, whole_length
 from surgery.capture import capture
 from surgery.checkpointing import checkpointed_layers
 from surgery.checks import check_bypass, check_call, how_to_launch
@@ -110,14 +110,20 @@ class ModelSurgery:
             program = self.programs[find(self, inputs, constants, self.model.training, sizes)]
         return program.run(self.model, call.tensors, deal_out)
 
-    def gather(self, value: Tensor, dim: int = 1) -> Tensor:
-        """Make a sharded output, such as logits [B, S/P, V], whole on every rank: [B, S, V]. Differentiable."""
+    def gather(self, value: Tensor, dim: int = 1, *, length: int | None = None) -> Tensor:
+        """Make a sharded output, such as logits [B, S/P, V], whole on every rank: [B, S, V]. Differentiable.
+
+        `length` is S. Where it is not given the ranks tell each other how many tokens they hold; a compiled function
+        cannot wait for that, and needs it (or, of inputs that a loader has cut, takes all slices to be equal).
+        """
         if self.bypass_reason() is not None:
             return value
+        dim = dim % value.ndim
         if self.options.inputs == "sharded":
-            whole = gather_slices(value, dim % value.ndim, self.axis)
+            whole = gather_slices(value, dim, self.axis)
         else:
-            whole = collectives.gather(value, dim % value.ndim, 1, 1, self.axis)
+            length = whole_length(value.shape[dim], self.axis, value.device) if length is None else length
+            whole = collectives.gather(value, dim, 1, 1, length, self.axis)
         return whole if self.options.gradients == "mean" else collectives.scale_gradient(whole, 1 / self.axis.size)
 
     def report(self, program: Program | None = None) -> Report:

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.functions import FloorDiv
 
-from surgery.metadata import Context
+from surgery.metadata import Context, facts_of
 from surgery.placement import HeadSharded, Placement, Sharded
 from surgery.shapes import shape_of, to_expr
 
 BATCH, LENGTH, RANKS = sympy.symbols("B S P", positive=True, integer=True)
-HIDDEN = frozenset({"axis", "device", "layout", "pin_memory"})
+HIDDEN = frozenset({"axis", "device", "layout", "length", "pin_memory"})
 DEFAULTS = {"dropout": 0.0, "inner": 1, "outer": 1}
 LAST_INDEX = torch.iinfo(torch.int64).max
 DTYPES = {
@@ -75,7 +75,8 @@ class Notation:
         """One argument of a call; sizes appear as what they are instead of as the node that computes them."""
         if isinstance(value, fx.Node):
             known = value.meta.get("val")
-            return self.size(known) if isinstance(known, torch.SymInt) else name_of(value)
+            is_local = isinstance(facts_of(value).placement, Sharded)
+            return self.size(known) + "/P" * is_local if isinstance(known, torch.SymInt) else name_of(value)
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self.argument(entry, name_of) for entry in value)}]"
         if isinstance(value, float):
@@ -97,7 +98,7 @@ def _arguments(node: fx.Node) -> tuple[list[Any], list[tuple[str, Any]]]:
     if not isinstance(node.target, FunctionType):
         return list(node.args), list(node.kwargs.items())
     bound = list(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.items())
-    positional = list(takewhile(lambda given: isinstance(given[1], fx.Node), bound))
+    positional = list(takewhile(lambda given: isinstance(given[1], fx.Node) and given[0] not in HIDDEN, bound))
     return [value for _, value in positional], bound[len(positional) :]
 
 

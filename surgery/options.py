@@ -48,8 +48,5 @@ class Options:
                 raise ConfigurationError(f"expected {name} to be {words}, found {getattr(self, name)!r}. Choose one.")
         if self.seq_length is None and not self.seq_length_is_variable:
             raise ConfigurationError("seq_length_is_variable=False needs a length: pass seq_length=... as well.")
-        if self.seq_length is not None and (self.seq_length < 1 or self.seq_length % self.sp_size):
-            raise ConfigurationError(
-                f"seq_length {self.seq_length} does not divide over {self.sp_size} ranks. "
-                f"Use a multiple of {self.sp_size}."
-            )
+        if self.seq_length is not None and self.seq_length < 1:
+            raise ConfigurationError(f"expected seq_length to be a number of tokens, found {self.seq_length}. Use 1 or more.")

@@ -26,11 +26,6 @@ from transformers.exporters.utils import apply_patches
 from transformers.modeling_utils import AttentionInterface
 
 
-def all_to_all_first_dim(x: Tensor, group_name: GroupName) -> Tensor:
-    """Send the p-th of P equal runs of dim 0 to rank p; what rank p sent arrives as the p-th run. Differentiable."""
-    return _arrived(functional.all_to_all_single_autograd(x, None, None, group_name))
-
-
 def all_to_all_runs(x: Tensor, sent: list[int], received: list[int], group_name: GroupName) -> Tensor:
     """Send a run of dim 0 to each rank: `sent[p]` elements to rank p, `received[p]` from it. Differentiable."""
     return _arrived(functional.all_to_all_single_autograd(x, received, sent, group_name))

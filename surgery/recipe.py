@@ -27,8 +27,8 @@ SEQUENCE_PARALLEL: tuple[Pass, ...] = (
     SimplifyMasks(),
     PropagatePlacements(),
     InsertConversions(),
-    SpecializeLength(),
     InsertAllToAll(),
     LowerAttention(),
+    SpecializeLength(),
     ScaleOutputGradients(),
 )

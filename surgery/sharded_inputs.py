@@ -17,7 +17,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from surgery.collectives import Axis
+from surgery.axis import Axis, run_lengths
+from surgery.collectives import gather_runs
 from surgery.errors import InputError
 from surgery.private import all_gather_first_dim, all_to_all_runs
 from surgery.signature import BoundCall
@@ -42,18 +43,18 @@ class Slices:
         return all(length == self.lengths[0] for length in self.lengths)
 
     @property
+    def even_lengths(self) -> Runs:
+        """How many tokens of the whole sequence each rank of a graph holds."""
+        return tuple(run_lengths(sum(self.lengths), self.axis.size))
+
+    @property
     def is_even(self) -> bool:
         """Whether the slices are the runs that a graph gives to its ranks."""
-        return self.are_equal or self.lengths == even_runs(sum(self.lengths), self.axis.size)
+        return self.are_equal or self.lengths == self.even_lengths
 
     def deal_out(self, x: Tensor, dim: int) -> Tensor:
         """A value that a graph left as even runs along `dim`, as this rank's own tokens."""
-        return redistribute(x, dim, even_runs(sum(self.lengths), self.axis.size), self.lengths, self.axis)
-
-
-def even_runs(length: int, size: int) -> Runs:
-    """How many tokens of a sequence each rank of a graph holds."""
-    return tuple((rank + 1) * length // size - rank * length // size for rank in range(size))
+        return redistribute(x, dim, self.even_lengths, self.lengths, self.axis)
 
 
 def assemble(call: BoundCall, axis: Axis, problem: str | None = None) -> tuple[BoundCall, Slices]:
@@ -69,7 +70,7 @@ def assemble(call: BoundCall, axis: Axis, problem: str | None = None) -> tuple[B
     tensors.update(_gather_packed({name: call.tensors[name] for name in integers}, integers, slices))
     for name in dims.keys() - integers.keys():
         moved = call.tensors[name].movedim(dims[name], 0)
-        tensors[name] = gather_runs(moved, slices).movedim(0, dims[name])
+        tensors[name] = gather_runs(moved, slices.lengths, slices.axis).movedim(0, dims[name])
     return replace(call, tensors=tensors, length=sum(slices.lengths)), slices
 
 
@@ -133,7 +134,7 @@ def gather_slices(x: Tensor, dim: int, axis: Axis) -> Tensor:
     if not torch.compiler.is_compiling():
         own = torch.tensor([x.shape[dim]], device=x.device)
         lengths = tuple(all_gather_first_dim(own, axis.size, axis.group_name).tolist())
-    return gather_runs(x.movedim(dim, 0), Slices(lengths, axis)).movedim(0, dim)
+    return gather_runs(x.movedim(dim, 0), lengths, axis).movedim(0, dim)
 
 
 def _check_masks(call: BoundCall, dims: dict[str, int], length: int) -> None:
@@ -152,21 +153,12 @@ def _gather_packed(tensors: dict[str, Tensor], dims: dict[str, int], slices: Sli
         return {}
     moved = {name: tensor.movedim(dims[name], 0) for name, tensor in tensors.items()}
     columns = [tensor.reshape(tensor.shape[0], -1).long() for tensor in moved.values()]
-    whole = gather_runs(torch.cat(columns, dim=1), slices)
+    whole = gather_runs(torch.cat(columns, dim=1), slices.lengths, slices.axis)
     pieces = whole.split([column.shape[1] for column in columns], dim=1)
     return {
         name: piece.reshape(-1, *tensor.shape[1:]).movedim(0, dims[name]).to(tensor.dtype)
         for (name, tensor), piece in zip(moved.items(), pieces, strict=True)
     }
-
-
-def gather_runs(x: Tensor, slices: Slices) -> Tensor:
-    """The ranks' runs end to end in dim 0, on every rank. Backward: each gets the sum of its run's gradients."""
-    axis = slices.axis
-    if slices.are_equal:
-        return all_gather_first_dim(x, axis.size, axis.group_name)
-    copies = x.repeat(axis.size, *(1 for _ in x.shape[1:]))
-    return all_to_all_runs(copies, [x.shape[0]] * axis.size, list(slices.lengths), axis.group_name)
 
 
 def redistribute(x: Tensor, dim: int, source: Runs, target: Runs, axis: Axis) -> Tensor:

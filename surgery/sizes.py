@@ -28,12 +28,12 @@ def size_node(graph: fx.Graph, expr: sympy.Expr, sizes: dict[sympy.Symbol, fx.No
     return reduce(lambda a, b: _call(graph, function, a, b), terms)
 
 
-def floor_divide(graph: fx.Graph, size: Size, divisor: int) -> Size:
-    """`size // divisor`, folded where `size` is a constant."""
-    return size // divisor if isinstance(size, int) else _call(graph, operator.floordiv, size, divisor)
+def times(graph: fx.Graph, size: fx.Node, factor: Size) -> fx.Node:
+    """The product of a size and a factor."""
+    return _call(graph, operator.mul, factor, size)
 
 
-def _call(graph: fx.Graph, function: Any, a: Size, b: Size) -> Size:
+def _call(graph: fx.Graph, function: Any, a: Size, b: Size) -> fx.Node:
     node = graph.call_function(function, (a, b))
     values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (a, b)]
     node.meta["val"] = function(*values)

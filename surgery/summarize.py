@@ -76,7 +76,7 @@ def _lengths(surgery: ModelSurgery, program: Program | None) -> str:
     if program is None:
         return "any"
     conditions = sorted(spell(notation_of(program.context).letters(c)) for c in program.context.assumptions)
-    return f"any multiple of {options.sp_size}{', where ' if conditions else ''}{' and '.join(conditions)}"
+    return f"any{', where ' if conditions else ''}{' and '.join(conditions)}"
 
 
 def _site_row(site: Site, context: Context, bypass: str | None) -> SiteRow:

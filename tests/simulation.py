@@ -22,7 +22,7 @@ from surgery.collectives import Axis
 from surgery.private import GroupName
 
 TIMEOUT_S = 60
-COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", "all_to_all_first_dim")
+COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", "all_to_all_runs")
 
 
 def run_ranks(graph: fx.Graph, size: int, inputs: tuple[Tensor, ...]) -> list[Any]:
@@ -49,9 +49,9 @@ class _Meeting:
         self.barrier = threading.Barrier(size, timeout=TIMEOUT_S)
         self.own = threading.local()
         self.size = size
-        self.sent: list[Tensor] = [torch.empty(0)] * size
+        self.sent: list[Any] = [None] * size
 
-    def swap(self, x: Tensor) -> list[Tensor]:
+    def swap(self, x: Any) -> list[Any]:
         self.sent[self.own.rank] = x
         self.barrier.wait()
         received = list(self.sent)
@@ -64,8 +64,10 @@ class _Meeting:
     def all_reduce_sum(self, x: Tensor, group_name: str) -> Tensor:
         return torch.stack(self.swap(x)).sum(0)
 
-    def all_to_all_first_dim(self, x: Tensor, group_name: str) -> Tensor:
-        return torch.cat([sent.chunk(self.size)[self.own.rank] for sent in self.swap(x)])
+    def all_to_all_runs(self, x: Tensor, sent: list[int], received: list[int], group_name: str) -> Tensor:
+        pieces = [theirs[self.own.rank] for theirs in self.swap(x.split(sent))]
+        assert [len(piece) for piece in pieces] == received
+        return torch.cat(pieces)
 
     def attend(self, rank: int, function: Callable[[Axis], Any]) -> Any:
         self.own.rank = rank

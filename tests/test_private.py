@@ -73,9 +73,14 @@ def _collectives() -> tuple[float, float, float]:
     (spread,) = torch.autograd.grad(reduced, x, torch.full_like(x, rank))
     reduce_error = (reduced - (SP_SIZE * ranks + 60)).abs().max() + (spread - 6).abs().max()
 
-    swapped = private.all_to_all_first_dim(x, name)
+    swapped = private.all_to_all_runs(x, [1] * SP_SIZE, [1] * SP_SIZE, name)
     (returned,) = torch.autograd.grad(swapped, x, torch.full_like(x, rank))
     swap_error = (swapped - (10 * ranks + rank)).abs().max() + (returned - ranks).abs().max()
+
+    to_last = [0] * (SP_SIZE - 1) + [SP_SIZE]
+    collected = private.all_to_all_runs(x, to_last, [SP_SIZE * (rank == SP_SIZE - 1)] * SP_SIZE, name)
+    (returned,) = torch.autograd.grad(collected, x, torch.arange(collected.numel(), dtype=torch.float64))
+    swap_error += (returned - (SP_SIZE * rank + ranks)).abs().max()
     return float(gather_error), float(reduce_error), float(swap_error)
 
 

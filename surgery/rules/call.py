@@ -70,8 +70,8 @@ class Step:
     `operands` are the placements its operands must have (a conversion is inserted where one differs), `results` those
     its results then have. `sizes` names the argument that lists output sizes, beginning at output dimension
     `first_size_dim`: the sharded one is made local. `replacement` is called in the operation's stead, with the
-    operation's arguments by name, `axis`, and the nodes of `whole`, which are passed as they are, before any
-    conversion.
+    operation's arguments by name, `axis`, the nodes of `whole`, which are passed as they are, before any conversion,
+    and the sizes of `numbers`, which are those of the whole.
     """
 
     operands: tuple[Placement, ...]
@@ -80,6 +80,7 @@ class Step:
     first_size_dim: int = 0
     replacement: Callable[..., Any] | None = None
     whole: tuple[tuple[str, fx.Node], ...] = ()
+    numbers: tuple[tuple[str, sympy.Expr], ...] = ()
 
     @property
     def is_sharded(self) -> bool:

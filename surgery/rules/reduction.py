@@ -2,6 +2,7 @@
 
 mean over H   [B, S/P, H] -> [B, S/P]
 sum over S    [B, S/P, H] -> [B, H]      a partial sum, all-reduced before anything else sees it
+mean over S   [B, S/P, H] -> [B, H]      the local sum over the count of the whole, and then as a sum
 max over S                               gathered
 max(x, y)                                pointwise, as any operation on two tensors
 """
@@ -13,6 +14,7 @@ from surgery.placement import PARTIAL, Sharded
 from surgery.rules.call import Call, Step
 from surgery.rules.pointwise import pointwise
 from surgery.rules.table import rule
+from surgery.shapes import product
 
 REDUCTIONS = (
     "aten::all",
@@ -79,4 +81,5 @@ def mean(call: Call) -> Step | None:
     assert isinstance(placement, Sharded)
     if placement.dim not in dims:
         return kept(call, dims)
-    return Step((placement,), (PARTIAL,), replacement=mean_addend)
+    count = product(call.operands[0].shape[dim] for dim in dims)
+    return Step((placement,), (PARTIAL,), replacement=mean_addend, numbers=(("count", count),))

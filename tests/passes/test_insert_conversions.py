@@ -9,6 +9,7 @@ from torch import Tensor
 from passes.canonicalize_sizes import CanonicalizeSizes
 from passes.insert_conversions import InsertConversions
 from passes.propagate_placements import PropagatePlacements
+from passes.relax_views import RelaxViews
 from surgery import collectives
 from surgery.pipeline import Pass
 from tests.golden import check_golden
@@ -42,7 +43,19 @@ def test_sizes_used_as_numbers_stay_global() -> None:
     assert "aten.div(all_reduce, sequence_length)" in done.after
 
 
+def test_sizes_are_written_out_where_a_rank_may_hold_no_tokens() -> None:
+    module = trace(lambda x: (x * 2).reshape(x.shape[0], x.shape[1], -1, 3), "b s 6")
+    done = operate(InsertConversions(), module, prepared_by=(*PLACED[:1], RelaxViews(), *PLACED[1:]))
+    assert "aten.reshape(mul, [batch_size, local_length, 2, 3])" in done.after
+
+
+def test_local_sizes_are_computed_once() -> None:
+    module = trace(lambda x: (x.reshape(-1, 6) * 2).reshape(x.shape[0] * x.shape[1], 2, 3).sin().reshape(x.shape), "b s 6")
+    done = operate(InsertConversions(), module, prepared_by=(*PLACED[:1], RelaxViews(), *PLACED[1:]))
+    assert done.after.count("= local_length(") == 1
+
+
 def test_factors_leave_whole() -> None:
     done = operate(InsertConversions(), trace(lambda x: (x * 2).reshape(-1, 6), "b s 6"), prepared_by=PLACED)
     assert "return [gather]" in done.after
-    assert "gather(reshape, 0, batch_size, 1)" in done.after
+    assert "gather(reshape, 0, batch_size, 1, sequence_length)" in done.after
