@@ -40,19 +40,19 @@ def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:
 
 
 def whole_length(own: int, axis: Axis, device: torch.device) -> int:
-    """The length S of a sequence of which this rank holds `own` tokens. Raises `InputError` on every rank if it is none."""
+    """The length S of a sequence of which this rank holds `own` tokens; raises on every rank if that is no shard."""
     if torch.compiler.is_compiling():
         raise InputError(
             "gather() inside torch.compile cannot ask the other ranks how many tokens they hold. Expected the length "
             "of the whole sequence. Call gather(value, length=input_ids.shape[1])."
         )
     lengths = all_gather_first_dim(torch.tensor([own], device=device), axis.size, axis.group_name).tolist()
-    if lengths != run_lengths(sum(lengths), axis.size):
+    if tuple(lengths) != run_lengths(sum(lengths), axis.size):
         raise InputError(
             f"expected the shards of one sequence, found {', '.join(map(str, lengths))} tokens on the ranks. "
             "Gather what the model returned, along the dimension that holds the sequence: gather(value, dim)."
         )
-    return sum(lengths)
+    return int(sum(lengths))
 
 
 def _names(call: BoundCall) -> int:

@@ -32,9 +32,9 @@ def run_length(length: int, rank: int, size: int) -> int:
     return first_token(length, rank + 1, size) - first_token(length, rank, size)
 
 
-def run_lengths(length: int, size: int) -> list[int]:
+def run_lengths(length: int, size: int) -> tuple[int, ...]:
     """How many tokens each rank holds, in the order of the ranks."""
-    return [run_length(length, rank, size) for rank in range(size)]
+    return tuple(run_length(length, rank, size) for rank in range(size))
 
 
 def local_length(length: int, axis: Axis) -> int:

@@ -52,7 +52,7 @@ def gather_runs(x: Tensor, lengths: Sequence[int], axis: Axis) -> Tensor:
     if all(statically_known_true(length == lengths[0]) for length in lengths):
         return all_gather_first_dim(x.contiguous(), axis.size, axis.group_name)
     copies = x.expand(axis.size, *x.shape).flatten(0, 1)
-    return all_to_all_runs(copies, [x.shape[0]] * axis.size, list(lengths), axis.group_name)
+    return all_to_all_runs(copies, [x.shape[0]] * axis.size, lengths, axis.group_name)
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:

@@ -20,7 +20,7 @@ class UnsupportedOperationError(SurgeryError):
 
 
 class InputError(SurgeryError):
-    """A call whose inputs do not fit: a length that does not divide, ranks that disagree, an unknown argument."""
+    """A call whose inputs do not fit: another length than the only one, ranks that disagree, an unknown argument."""
 
 
 class LaunchError(SurgeryError):

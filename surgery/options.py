@@ -49,4 +49,6 @@ class Options:
         if self.seq_length is None and not self.seq_length_is_variable:
             raise ConfigurationError("seq_length_is_variable=False needs a length: pass seq_length=... as well.")
         if self.seq_length is not None and self.seq_length < 1:
-            raise ConfigurationError(f"expected seq_length to be a number of tokens, found {self.seq_length}. Use 1 or more.")
+            raise ConfigurationError(
+                f"expected seq_length to be a number of tokens, found {self.seq_length}. Use 1 or more."
+            )

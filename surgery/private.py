@@ -8,7 +8,7 @@ made of.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -26,9 +26,9 @@ from transformers.exporters.utils import apply_patches
 from transformers.modeling_utils import AttentionInterface
 
 
-def all_to_all_runs(x: Tensor, sent: list[int], received: list[int], group_name: GroupName) -> Tensor:
+def all_to_all_runs(x: Tensor, sent: Sequence[int], received: Sequence[int], group_name: GroupName) -> Tensor:
     """Send a run of dim 0 to each rank: `sent[p]` elements to rank p, `received[p]` from it. Differentiable."""
-    return _arrived(functional.all_to_all_single_autograd(x, received, sent, group_name))
+    return _arrived(functional.all_to_all_single_autograd(x, list(received), list(sent), group_name))
 
 
 def all_gather_first_dim(x: Tensor, size: int, group_name: GroupName) -> Tensor:

@@ -45,7 +45,7 @@ class Slices:
     @property
     def even_lengths(self) -> Runs:
         """How many tokens of the whole sequence each rank of a graph holds."""
-        return tuple(run_lengths(sum(self.lengths), self.axis.size))
+        return run_lengths(sum(self.lengths), self.axis.size)
 
     @property
     def is_even(self) -> bool:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from surgery import restore, transform
-from surgery.axis import first_token, local_length, longest_run, run_lengths
-from surgery.collectives import Axis
+from surgery import InputError, restore, transform
+from surgery.axis import Axis, first_token, local_length, run_lengths
 from surgery.private import GroupName
 from tests.planted import PLANTED, make_planted
 from tests.proof import assert_exact, compare, prove
 from tests.ranks import RankPool
-from tests.zoo import make_batch, make_model
+from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
 
 SHORT = 3
 """Fewer tokens than the four ranks."""
@@ -26,21 +23,100 @@ def test_runs_are_balanced_and_cover_the_sequence(length: int, size: int) -> Non
     lengths = run_lengths(length, size)
     assert sum(lengths) == length
     assert max(lengths) - min(lengths) <= 1
-    assert max(lengths) == longest_run(length, size)
     for rank, own in enumerate(lengths):
         assert first_token(length, rank, size) == sum(lengths[:rank])
         assert local_length(length, Axis(size, rank, GroupName("sp"))) == own
 
 
-@pytest.mark.parametrize("sp_size", [2, 4])
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 31), (3, 33), (2, SHORT)])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_odd_lengths(ranks: RankPool, name: str, batch_size: int, length: int, sp_size: int) -> None:
-    assert_exact(ranks.run(prove, name, sp_size, batch_size=batch_size, length=length))
+def test_odd_lengths(ranks: RankPool, name: str, batch_size: int, length: int) -> None:
+    assert_exact(ranks.run(prove, name, 4, batch_size=batch_size, length=length))
 
 
-@pytest.mark.parametrize("length", [31, SHORT])
-@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "mixtral", "gpt_oss", "bloom", "falcon", "phi3"])
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 31), (2, SHORT)])
+def test_odd_lengths_on_two_ranks(pair: RankPool, batch_size: int, length: int) -> None:
+    assert_exact(pair.run(prove, "llama", 2, batch_size=batch_size, length=length))
+
+
+@pytest.mark.parametrize(("name", "length"), [("mistral", 31), ("mixtral", SHORT), ("gpt_oss", 31), ("falcon", SHORT)])
 def test_odd_lengths_elsewhere(ranks: RankPool, name: str, length: int) -> None:
-    """Windows, experts, sinks, gathered operations, packed projections."""
+    """Windows, experts, sinks, gathered operations."""
     assert_exact(ranks.run(prove, name, 4, length=length))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("length", [31, SHORT])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
+def test_odd_lengths_everywhere(ranks: RankPool, name: str, length: int) -> None:
+    assert_exact(ranks.run(prove, name, 4, length=length))
+
+
+IMPOSSIBLE = {"pooled_by_four", "every_other_token"}
+"""Fours and pairs of tokens: the unsharded model cannot run them at odd lengths either."""
+NOT_EXPORTABLE = {"max_pool", "chunk_tokens"}
+LONG_RUN = sorted(PLANTED.keys() - IMPOSSIBLE - NOT_EXPORTABLE)
+SHORT_RUN = [
+    "causal_convolution",
+    "mean_fed_back",
+    "mean_of_all",
+    "hand_written_attention",
+    "linear_attention",
+    "cumsum",
+]
+
+
+def _prove_planted(name: str, length: int) -> dict[str, float]:
+    return compare(make_planted(name), 2, make_batch(2, length))
+
+
+@pytest.mark.parametrize("name", SHORT_RUN)
+def test_planted_operations(pair: RankPool, name: str) -> None:
+    assert_exact(pair.run(_prove_planted, name, 31))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", LONG_RUN)
+def test_every_planted_operation(pair: RankPool, name: str) -> None:
+    assert_exact(pair.run(_prove_planted, name, 31))
+
+
+def _prove_otherwise(length: int) -> list[dict[str, float]]:
+    """Gradient checkpointing, gradients that add up, one token, an odd fixed length."""
+    checkpointed = make_model("llama")
+    checkpointed.gradient_checkpointing_enable()
+    batch = make_batch(2, length)
+    return [
+        compare(checkpointed, 4, batch),
+        compare(make_model("llama"), 4, batch, gradients="sum", scale=4),
+        compare(make_model("llama"), 4, {"input_ids": batch["input_ids"][:, :1]}),
+        compare(make_model("llama"), 4, batch, seq_length=length, seq_length_is_variable=False),
+    ]
+
+
+def test_odd_lengths_with_options(ranks: RankPool) -> None:
+    for results in zip(*ranks.run(_prove_otherwise, 31), strict=True):
+        assert_exact(list(results))
+
+
+def test_double_precision(ranks: RankPool) -> None:
+    assert_exact(ranks.run(prove, "llama", 4, dtype=torch.float64, length=33), torch.float64)
+
+
+def _gathered(length: int) -> tuple[list[int], str]:
+    """Shapes of logits gathered without and with their length; and what a tensor that is no shard is told."""
+    model = transform(make_model("llama", num_hidden_layers=1), 4)
+    logits = model(input_ids=make_batch(2, length)["input_ids"]).logits
+    shapes = [*model.surgery.gather(logits).shape, *model.surgery.gather(logits, length=length).shape]
+    try:
+        message = str(model.surgery.gather(logits[:, : 1 + logits.shape[1] // 8 * model.surgery.axis.rank]))
+    except InputError as error:
+        message = str(error)
+    restore(model)
+    return shapes, message
+
+
+def test_logits_are_made_whole(ranks: RankPool) -> None:
+    for shapes, message in ranks.run(_gathered, 33):
+        assert shapes == [2, 33, 99] * 2
+        assert "expected the shards of one sequence, found 1, 2, 3, 4 tokens" in message

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from surgery import restore, transform
-from surgery.sharded_inputs import even_runs, overlap
+from surgery.axis import run_lengths
+from surgery.sharded_inputs import overlap
 from tests.counting import CollectiveCounter
 from tests.proof import SMALLEST_SHARE, assert_exact, gradients_of, relative_error
 from tests.ranks import RankPool
@@ -221,8 +222,8 @@ def test_a_bypassed_evaluation_takes_whole_batches(ranks: RankPool) -> None:
 
 
 def test_runs() -> None:
-    assert even_runs(10, 4) == (2, 3, 2, 3)
-    assert even_runs(3, 4) == (0, 1, 1, 1)
+    assert run_lengths(10, 4) == (2, 3, 2, 3)
+    assert run_lengths(3, 4) == (0, 1, 1, 1)
     assert [overlap((4, 4), 0, (3, 5), other) for other in range(2)] == [3, 1]
     assert [overlap((4, 4), 1, (3, 5), other) for other in range(2)] == [0, 4]
 
@@ -237,7 +238,7 @@ def _compiled() -> tuple[float, int]:
     errors = []
     for length in (32, 48, 64):
         batch = make_batch(2, length)
-        found: Tensor = compiled(**cut(batch, even_runs(length, 4))).loss
+        found: Tensor = compiled(**cut(batch, run_lengths(length, 4))).loss
         errors.append(relative_error(found, reference(**batch).loss))
     restore(model)
     return max(errors), sum(torch._dynamo.utils.counters["graph_break"].values())

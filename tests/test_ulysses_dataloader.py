@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from surgery import ConfigurationError
-from surgery.sharded_inputs import even_runs
+from surgery.axis import run_lengths
 from surgery.ulysses import UlyssesSPDataLoaderAdapter
 from tests.ranks import RankPool
 from tests.test_errors import refusal
@@ -72,7 +72,7 @@ def _iterate(owned: list[list[int]]) -> tuple[int, list[dict[str, Any]], list[st
 
 def _expected(index: int, rank: int, size: int) -> dict[str, Tensor]:
     sample = _sample(index)
-    runs = even_runs(len(sample["input_ids"]), size)
+    runs = run_lengths(len(sample["input_ids"]), size)
     own = slice(sum(runs[:rank]), sum(runs[: rank + 1]))
     shifted = torch.cat([sample["labels"][1:], torch.tensor([-100])])
     return {

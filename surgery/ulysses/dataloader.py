@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from surgery.axis import run_lengths
 from surgery.errors import ConfigurationError, InputError
-from surgery.sharded_inputs import SEQUENCE_NAMES, WHOLE_INPUTS, even_runs, sequence_dim
+from surgery.sharded_inputs import SEQUENCE_NAMES, WHOLE_INPUTS, sequence_dim
 
 CONSUMED = "ulysses_consumed"
 
@@ -143,7 +144,7 @@ def _describe(batch: Mapping[str, Any] | None, size: int) -> tuple[list[Tensor],
     if problem is not None:
         return nothing, Description({}, [], {}, problem)
     tensors, whole = _sort(prepared)
-    runs = even_runs(prepared["input_ids"].shape[1], size)
+    runs = run_lengths(prepared["input_ids"].shape[1], size)
     slices = [
         {name: tensor.narrow(sequence_dim(name, tensor), start - run, run) for name, tensor in tensors.items()}
         for start, run in zip(accumulate(runs), runs, strict=True)

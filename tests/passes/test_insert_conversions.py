@@ -50,7 +50,9 @@ def test_sizes_are_written_out_where_a_rank_may_hold_no_tokens() -> None:
 
 
 def test_local_sizes_are_computed_once() -> None:
-    module = trace(lambda x: (x.reshape(-1, 6) * 2).reshape(x.shape[0] * x.shape[1], 2, 3).sin().reshape(x.shape), "b s 6")
+    module = trace(
+        lambda x: (x.reshape(-1, 6) * 2).reshape(x.shape[0] * x.shape[1], 2, 3).sin().reshape(x.shape), "b s 6"
+    )
     done = operate(InsertConversions(), module, prepared_by=(*PLACED[:1], RelaxViews(), *PLACED[1:]))
     assert done.after.count("= local_length(") == 1
 
