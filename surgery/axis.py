@@ -3,7 +3,7 @@
     S = 10, P = 4      rank 0: t0 t1     rank 1: t2 t3 t4     rank 2: t5 t6     rank 3: t7 t8 t9
 
 Rank r holds the tokens from r*S//P to (r+1)*S//P: any length, runs that differ by one token at most, and none at all on
-some ranks where S < P. Where P divides S every run is S/P. Both formulas are floor divisions, so that they stay symbolic
+some ranks where S < P. Where P divides S every run is S/P. Both formulas are floor divisions: they stay symbolic
 while a program is compiled, and the lengths add up to S by cancellation. They are written here and nowhere else.
 """
 
