@@ -47,7 +47,7 @@ def test_sp_size_must_be_a_positive_integer(sp_size: Any) -> None:
         ({"on_unknown": "ignore"}, "'gather' or 'refuse'"),
         ({"check_inputs": True}, "'first' or 'always' or 'never'"),
         ({"seq_length_is_variable": False}, "needs a length"),
-        ({"seq_length": 0}, "1 token or more, found 0"),
+        ({"seq_length": 0}, "a number of tokens, found 0"),
     ],
 )
 def test_options(options: dict[str, Any], words: str) -> None:
