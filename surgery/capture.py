@@ -27,6 +27,7 @@ from surgery.private import UserError, export_patches, functionalized
 from surgery.recording import RecordedCall, RecordedMask, Recording, recorded_attention
 from surgery.shapes import to_expr
 from surgery.signature import SEQUENCE_INPUTS, Signature, TensorInput
+from surgery.stand_ins import as_unsharded
 
 TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
 SHORT_LENGTH = 16
@@ -69,6 +70,7 @@ def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) ->
         recording = stack.enter_context(recorded_attention(model))
         stack.enter_context(_traceable_config(model))
         stack.enter_context(_without_checkpointing(model))
+        stack.enter_context(as_unsharded(model))
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
         stack.enter_context(_flat_forward(model, names, dict(signature.constants), recording))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from surgery.collectives import Axis
+from surgery.engines import DEEPSPEED_SCALES, DEEPSPEED_SHARDS, is_asked_by
 from surgery.errors import ConfigurationError
 
 DP, SP = "dp", "sp"
@@ -50,7 +51,8 @@ class SequenceMesh:
         return self._sequence
 
     def get_sequence_parallel_world_size(self) -> int:
-        return self._sequence.size()
+        """P; but 1 where DeepSpeed asks what to multiply gradients by (see `surgery/engines.py`)."""
+        return 1 if is_asked_by(DEEPSPEED_SCALES) else self._sequence.size()
 
     def get_sequence_parallel_rank(self) -> int:
         return self._sequence.rank()
@@ -61,7 +63,9 @@ class SequenceMesh:
         return self._data is not None or self._everyone is not None
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same run of different sequences."""
+        """The ranks that hold the same run of different sequences; all ranks where ZeRO 3 asks what to shard over."""
+        if is_asked_by(DEEPSPEED_SHARDS):
+            return self.get_sequence_data_parallel_group()
         if self._data is not None:
             return self._data
         if self.has_data_parallel:

@@ -132,7 +132,6 @@ class Context:
     batch: sympy.Symbol | None
     sizes: dict[sympy.Symbol, fx.Node]
     fixed_length: int | None = None
-    checkpointed: tuple[str, ...] = ()
     on_unknown: OnUnknown = "gather"
     gradients: Gradients = "mean"
     has_document_ends: bool = False

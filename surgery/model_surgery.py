@@ -20,6 +20,8 @@ from surgery.capture import capture
 from surgery.checkpointing import checkpointed_layers
 from surgery.checks import check_bypass, check_call, how_to_launch
 from surgery.collectives import Axis
+from surgery.engine_checks import check_engine
+from surgery.engines import hooked_modules
 from surgery.errors import CaptureError, LaunchError
 from surgery.mesh import SequenceMesh
 from surgery.metadata import Context
@@ -27,10 +29,11 @@ from surgery.options import Options
 from surgery.pipeline import run_pipeline
 from surgery.printing import GraphPrintout, make_printout
 from surgery.private import GroupName
-from surgery.program import Program, build_program
+from surgery.program import Program, build_program, relink
 from surgery.recipe import SEQUENCE_PARALLEL
 from surgery.recording import DOCUMENT_ENDS
 from surgery.report import Report, make_report
+from surgery.segments import Cuts
 from surgery.sharded_inputs import assemble, gather_slices
 from surgery.signature import BoundCall, Signature, TensorInput, autocast_dtype, bind_call, describe_tensors
 from surgery.state import check_state, fingerprint
@@ -169,7 +172,6 @@ class ModelSurgery:
             captured.batch,
             sizes={},
             fixed_length=None if options.seq_length_is_variable else options.seq_length,
-            checkpointed=checkpointed_layers(self.model),
             on_unknown=options.on_unknown,
             gradients=options.gradients,
             has_document_ends=any(tensor.name == DOCUMENT_ENDS for tensor in signature.tensors),
@@ -182,7 +184,12 @@ class ModelSurgery:
         run_pipeline(SEQUENCE_PARALLEL, captured.graph, context)
         for name, value in captured.constants.items():
             setattr(self.constants, name, value)
-        return build_program(captured, signature, context)
+        return build_program(captured, signature, context, find_cuts(self.model))
+
+
+def find_cuts(model: nn.Module) -> Cuts:
+    """The modules that have to be called: those that carry hooks, and those to be recomputed in the backward."""
+    return Cuts(hooked_modules(model), checkpointed_layers(model))
 
 
 def find_program(
@@ -194,10 +201,13 @@ def find_program(
 ) -> int:
     """The index of the program for a call, captured now if there is none; `sizes` [B, S]: one that serves them."""
     check_state(surgery.model)
+    if surgery.mpu is not None:
+        check_engine(surgery.model, surgery.options.gradients, surgery.mpu)
     autocast = autocast_dtype(inputs[0].device.type)
     signature = Signature(inputs, constants, is_training, autocast, fingerprint(surgery.model))
     for index, program in enumerate(surgery.programs):
         if program.signature == signature and (sizes is None or program.serves(*sizes)):
+            surgery.programs[index] = relink(program, find_cuts(surgery.model))
             return index
     length = surgery.options.seq_length or DEFAULT_EXAMPLE_LENGTH
     surgery.programs.append(surgery.build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, length)))

@@ -10,16 +10,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import (
     UserError as UserError,
 )  # what torch.export raises for dims that are less dynamic than asked for
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.distributed_c10d import GroupName as GroupName
+from torch.distributed.fsdp import FSDPModule
 from torch.export import ExportedProgram
 from transformers.exporters import exporter_dynamo  # noqa: F401  (fills the table of patches)
 from transformers.exporters.utils import apply_patches
@@ -94,3 +95,34 @@ def is_idle_hook(hook: Callable[..., Any]) -> bool:
     """
     is_recorder = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
     return is_recorder or getattr(hook, "__qualname__", "").endswith("make_inputs_require_grads")
+
+
+class FsdpUnit(NamedTuple):
+    """A module that `fully_shard` was applied to: over how many ranks, and what it does beyond averaging."""
+
+    path: str
+    num_ranks: int
+    has_own_divisor: bool
+    casts: bool
+
+
+def fsdp_units(model: nn.Module) -> Iterator[FsdpUnit]:
+    """The FSDP2 units of a model. Their process groups and policies have no public accessor."""
+    for path, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            policy = state._mp_policy
+            for group in _parameter_groups(state):
+                dtypes = {parameter.sharded_param.dtype for parameter in group.fsdp_params}
+                yield FsdpUnit(
+                    path,
+                    group.mesh_info.mesh.size(),
+                    group.gradient_divide_factor is not None,
+                    not {policy.param_dtype, policy.output_dtype} <= {None, *dtypes},
+                )
+
+
+def _parameter_groups(state: Any) -> list[Any]:
+    """A unit's parameters, which torch 2.13 may keep in several groups and 2.11 in one."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if groups is None and state._fsdp_param_group is not None else groups or []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import linecache
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.capture import Capture
-from surgery.checkpointing import cut_layers
 from surgery.metadata import Context, facts_of
 from surgery.placement import Placement, Sharded
+from surgery.segments import Cuts, cut_graph
 from surgery.signature import Signature
 
 
@@ -33,6 +33,7 @@ class Program:
     output_spec: pytree.TreeSpec
     code: str
     function: Callable[..., tuple[Any, ...]]
+    cuts: Cuts
 
     @property
     def has_assumptions(self) -> bool:
@@ -77,21 +78,25 @@ class Program:
         return list(pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, self.output_spec))[0])
 
 
-def build_program(captured: Capture, signature: Signature, context: Context) -> Program:
+def build_program(captured: Capture, signature: Signature, context: Context, cuts: Cuts) -> Program:
     """Compile the graph of `captured` into a function of the model and the signature's tensors."""
-    name = f"<surgery {id(captured.graph)}>"
-    graph = captured.graph
-    if context.checkpointed:
-        graph = cut_layers(graph, context.checkpointed, lambda body, layer: _compile(body, f"{name} {layer}")[1])
-    code, function = _compile(graph, name)
-    return Program(
-        signature,
-        captured.graph,
-        context,
-        captured.output_spec,
-        code,
-        function,
-    )
+    code, function = _link(captured.graph, cuts)
+    return Program(signature, captured.graph, context, captured.output_spec, code, function, cuts)
+
+
+def relink(program: Program, cuts: Cuts) -> Program:
+    """The same graph, with the calls of other modules in it: after an engine has put its hooks on the model."""
+    if program.cuts == cuts:
+        return program
+    code, function = _link(program.graph, cuts)
+    return replace(program, code=code, function=function, cuts=cuts)
+
+
+def _link(graph: fx.Graph, cuts: Cuts) -> tuple[str, Callable[..., tuple[Any, ...]]]:
+    name = f"<surgery {id(graph)}>"
+    if cuts.paths:
+        graph = cut_graph(graph, cuts, lambda body, segment: _compile(body, f"{name} {segment}")[1])
+    return _compile(graph, name)
 
 
 def _compile(graph: fx.Graph, name: str) -> tuple[str, Callable[..., tuple[Any, ...]]]:

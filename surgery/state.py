@@ -7,12 +7,11 @@ from types import FunctionType, MethodType
 from torch import Tensor, nn
 
 from surgery.checkpointing import checkpointed_layers
+from surgery.engines import hooks_of, is_engine_function, is_mark, original_class, whole_shape
 from surgery.errors import CaptureError
-from surgery.private import is_idle_hook
 
 INSTALLED = ("forward", "generate", "_loss_function")  # what the transform itself puts on the model
-CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # left behind when it is switched off
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # a matter of segments, not of the graph
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -24,12 +23,12 @@ def fingerprint(model: nn.Module) -> int:
     first_name: dict[int, str] = {}
     entries: list[object] = []
     for path, module in model.named_modules():
-        entries.append((path, type(module), getattr(module, CHECKPOINTING[0], False)))
+        entries.append((path, original_class(module)))
         entries.append((path, *_settings(module, INSTALLED if module is model else ())))
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 tied_to = first_name.setdefault(id(tensor), f"{path}.{name}")
-                entries.append((name, tensor.shape, tensor.dtype, tensor.device, tied_to))
+                entries.append((name, whole_shape(tensor), tensor.dtype, tensor.device, tied_to))
     entries += _settings(model.config) if hasattr(model, "config") else []
     return hash(tuple(entries))
 
@@ -38,13 +37,13 @@ def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
     """What a trace bakes in of a module or a config: its numbers, words, functions and plain tensors."""
     found: list[object] = []
     for name, value in vars(owner).items():
-        if name in CHECKPOINTING:
+        if name in CHECKPOINTING or is_mark(name):
             continue
         if isinstance(value, (bool, int, float, str)):
             found.append((name, value))
         elif isinstance(value, Tensor):
             found.append((name, id(value), value._version))
-        elif isinstance(value, FunctionType | MethodType) and name not in skipped:
+        elif isinstance(value, FunctionType | MethodType) and not (name in skipped or is_engine_function(value)):
             found.append((name, id(value.__code__)))
     return found
 
@@ -76,11 +75,12 @@ def _check_checkpointing(model: nn.Module) -> None:
 
 
 def _check_module(path: str, module: nn.Module, *, is_root: bool) -> None:
-    hooks = [hook for name in HOOKS for hook in getattr(module, name).values() if not is_idle_hook(hook)]
-    if hooks and not is_root:
+    foreign = [hook for hook in hooks_of(module) if not is_engine_function(hook)]
+    if foreign and not is_root:
         raise CaptureError(
-            f"a hook ({getattr(hooks[0], '__qualname__', hooks[0])}) is registered on {path}, and one graph of the "
-            "whole model would not call it. Expected no hooks on submodules. Remove it, or hook the model itself."
+            f"a hook ({getattr(foreign[0], '__qualname__', foreign[0])}) is registered on {path}, and one graph of the "
+            "whole model would not call it. Expected no hooks on submodules but those of FSDP2 and DeepSpeed, which "
+            "change no activation. Remove it, or hook the model itself."
         )
     if hasattr(module, "_hf_hook"):
         raise CaptureError(

@@ -79,5 +79,5 @@ def _switched() -> list[int]:
     return found
 
 
-def test_switching_captures_once(ranks: RankPool) -> None:
-    assert ranks.run(_switched) == [[2, 2]] * 4
+def test_switching_captures_nothing(ranks: RankPool) -> None:
+    assert ranks.run(_switched) == [[1, 1]] * 4

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import UserError
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._sympy.functions import FloorDiv
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import surgery
 from surgery import private
 from surgery.capture import capture
+from surgery.engines import hooks_of, is_engine_function, original_class
 from surgery.private import intercepted_lookup
 from surgery.recording import record_mask
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
@@ -42,6 +44,7 @@ EXPECTED_PRIVATE = {
     "torch._functorch",
     "torch._ops",
     "torch.distributed._functional_collectives",
+    "torch.distributed.fsdp._fully_shard",
     "torch.utils._pytree",
     "torch.utils._sympy",
 }
@@ -247,3 +250,21 @@ def test_copies_in_place_keep_their_gradient() -> None:
     private._copy(x, y).sum().backward()
     assert torch.equal(private._copy(x, y), torch.ops.aten.copy(x, y))
     assert torch.equal(y.grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
+
+
+def _fully_sharded() -> tuple[list[private.FsdpUnit], bool, list[str]]:
+    """FSDP2's units, whether all hooks are recognised as its own, and the classes that it has hidden."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    fully_shard(model[0], mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))
+    fully_shard(model)
+    model(torch.ones(2, 4))
+    hooks = [hook for module in (model, model[0]) for hook in hooks_of(module)]
+    are_its_own = len(hooks) == 4 and all(map(is_engine_function, hooks))
+    return list(private.fsdp_units(model)), are_its_own, [original_class(m).__name__ for m in model.modules()]
+
+
+def test_fully_shard(ranks: RankPool) -> None:
+    for units, are_its_own, classes in ranks.run(_fully_sharded):
+        assert units == [private.FsdpUnit("", SP_SIZE, False, False), private.FsdpUnit("0", SP_SIZE, False, True)]
+        assert are_its_own
+        assert classes == ["Sequential", "Linear", "LayerNorm"]
