@@ -34,6 +34,7 @@ lint: $(INSTALLED)
 examples: $(INSTALLED) demo
 	$(TORCHRUN) examples/quickstart.py
 	$(TORCHRUN) examples/compile_model.py
+	$(TORCHRUN) examples/migrate_from_deepspeed.py
 
 sweep: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m surgery sweep $(ARGS)
