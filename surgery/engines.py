@@ -78,8 +78,14 @@ def whole_shape(tensor: Tensor) -> torch.Size:
 
 
 def is_asked_by(module_name: str) -> bool:
-    """Whether the caller of the function that asks this is code of the module `module_name`."""
-    return sys._getframe(2).f_globals.get("__name__") == module_name
+    """Whether the caller of the function that asks this is code of the module `module_name`, for its own package.
+
+    A user's script may ask DeepSpeed's record of groups too, and is to have the true answer.
+    """
+    caller = sys._getframe(2)
+    asker = caller.f_back.f_globals.get("__name__", "") if caller.f_back is not None else ""
+    is_for_package = asker.partition(".")[0] == module_name.partition(".")[0]
+    return caller.f_globals.get("__name__") == module_name and is_for_package
 
 
 def deepspeed_engine(model: nn.Module) -> Any | None:

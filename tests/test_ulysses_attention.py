@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from surgery import ConfigurationError
+from surgery.axis import run_lengths
 from surgery.ulysses import UlyssesSPAttentionHF
 from tests.counting import CollectiveCounter
 from tests.proof import SMALLEST_SHARE, assert_exact, gradients_of, relative_error
@@ -179,6 +180,25 @@ def test_what_a_flash_function_is_told(ranks: RankPool) -> None:
         assert told == (True, True, 6, [2 * rank, 2 * rank + 1])
 
 
+def _uneven() -> dict[str, float]:
+    """29 tokens on 4 ranks, packed."""
+    lengths = run_lengths(29, P)
+    tokens = [x[:, :, :29] for x in _tokens(2, N)]
+    positions = torch.cat([torch.arange(11), torch.arange(18)]).expand(2, -1)
+    documents = (positions == 0).cumsum(-1)
+    mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    query, key, value = tokens
+    expected, _ = sdpa_attention_forward(Layer(), query, key, value, mask)
+    mine = [x.split(lengths, dim=2)[dist.get_rank()] for x in tokens]
+    local = positions.split(lengths, dim=1)[dist.get_rank()]
+    found, _ = wrap(sdpa_attention_forward)(Layer(), *mine, None, position_ids=local)
+    return {"output": relative_error(found, expected.flatten(2).split(lengths, dim=1)[dist.get_rank()])}
+
+
+def test_lengths_that_do_not_divide(ranks: RankPool) -> None:
+    assert_exact(ranks.run(_uneven))
+
+
 def _reused() -> dict[str, float]:
     """The same tensor as key and value, and the query used again afterwards."""
     _, key, _ = _tokens(2, N)
@@ -299,7 +319,7 @@ def test_refusals(ranks: RankPool) -> None:
         assert "LlamaAttention does not pass position_ids" in found["no positions"]
         assert ("Leave the attention_mask out" if rank == 0 else "slices of rank 0") in found["joined documents"]
         assert "expected query [B, 8, 8, 16]" in found["heads"]
-        assert "slices of equal lengths, found 8, 7, 6, 5" in found["lengths"]
+        assert "expected slices of 6, 7, 6, 7 tokens, found 8, 7, 6, 5" in found["lengths"]
         assert "expected query [B, 8, 4, 16]" in found["fixed"]
         assert found["restarting on purpose"] == found["after"] == "no error"
 

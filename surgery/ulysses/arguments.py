@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from surgery.collectives import Axis
 from surgery.errors import InputError
-from surgery.sharded_inputs import assemble
+from surgery.sharded_inputs import Runs, assemble
 from surgery.signature import BoundCall
 
 SINKS = ("s_aux", "sinks")
@@ -74,8 +74,8 @@ class WholeArguments:
 
     def __call__(
         self, module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any]
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The mask and the keywords for `attn` on whole sequences and this rank's heads."""
+    ) -> tuple[Tensor | None, dict[str, Any], int]:
+        """The mask and the keywords for `attn` on whole sequences and this rank's heads, and the whole length."""
         is_causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         pattern = Pattern(causal, kwargs.get("sliding_window"))
@@ -83,8 +83,9 @@ class WholeArguments:
         facts = self._facts(module, query, mask, kwargs, pattern)
         whole = self._keywords(kwargs, facts, query)
         if facts.rows is not None:
-            return self._own_heads(facts.rows), whole
-        return (facts.padding if self.reads_descriptions else _mask(query, mask, facts, pattern)), whole
+            return self._own_heads(facts.rows), whole, facts.length
+        own_mask = facts.padding if self.reads_descriptions else _mask(query, mask, facts, pattern)
+        return own_mask, whole, facts.length
 
     def _facts(
         self, module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any], pattern: Pattern
@@ -124,16 +125,17 @@ class WholeArguments:
         if mask is not None and mask.ndim == 4 and mask.shape[3] != length:
             given["attention_mask"] = mask
         call, slices = assemble(BoundCall(given, {}, batch_size, length), self.axis, said.problem)
-        if not slices.are_equal:
+        if not slices.is_even:
+            even = ", ".join(map(str, slices.even_lengths))
             raise InputError(
-                f"expected slices of equal lengths, found {', '.join(map(str, slices.lengths))} tokens on the ranks. "
+                f"expected slices of {even} tokens, found {', '.join(map(str, slices.lengths))} on the ranks. "
                 "Cut sequences evenly, or use transform(inputs='sharded'), which takes any."
             )
         positions, rows, padding = (call.tensors.get(name) for name in ("position_ids", "attention_mask", "padding"))
         assert padding is not None
         documents = None
         if positions is not None:
-            check_positions(positions, length, self.axis.size, has_offsets=has_offsets)
+            check_positions(positions, slices.lengths, has_offsets=has_offsets)
             documents = find_documents(positions, call.tensors["documents"])
         return Facts(call.length, positions, None if bool(padding.all()) else padding, documents, rows)
 
@@ -232,12 +234,12 @@ def read_block(mask: Tensor, documents: Tensor | None, pattern: Pattern, everyth
     )
 
 
-def check_positions(positions: Tensor, length: int, size: int, *, has_offsets: bool) -> None:
+def check_positions(positions: Tensor, lengths: Runs, *, has_offsets: bool) -> None:
     """Refuse positions that every rank counts from 0 again: what a model makes up where its caller passed none."""
-    restarting = torch.arange(length, device=positions.device).repeat(size)
-    if length > 1 and not has_offsets and bool((positions == restarting).all()):
+    restarting = torch.cat([torch.arange(length, device=positions.device) for length in lengths])
+    if max(lengths) > 1 and not has_offsets and bool((positions == restarting).all()):
         raise InputError(
-            f"position_ids start again at 0 on each of {size} ranks, as they do where a caller leaves them out. "
+            f"position_ids start again at 0 on each of {len(lengths)} ranks, as where a caller leaves them out. "
             "Expected this rank's slice of the whole sequence's. Pass position_ids; for documents that do end there, "
             "pass cu_seq_lens_q and cu_seq_lens_k too."
         )

@@ -99,8 +99,8 @@ class UlyssesSPAttentionHF(nn.Module):
         if self.axis.size == 1 or (self.disable_in_eval and not module.training):
             return self.attn(module, query, key, value, attention_mask, *args, **kwargs)
         self._check_call(query, key, value)
-        mask, kwargs = self._whole(module, query, attention_mask, kwargs)
-        own_query, own_key, own_value = exchange_to_heads(query, key, value, query.shape[2] * self.axis.size, self.axis)
+        mask, kwargs, length = self._whole(module, query, attention_mask, kwargs)
+        own_query, own_key, own_value = exchange_to_heads(query, key, value, length, self.axis)
         is_dropping = kwargs.get("dropout", 0.0) > 0.0
         with (
             _own_groups(module, own_query.shape[1] // own_key.shape[1]),
