@@ -50,7 +50,7 @@ class SimplifyMasks:
             node.update_arg(6, bind_arguments(mask)["is_causal"])
         for site in context.sites:
             given = bind_arguments(site.node)
-            site.mask = read_mask(given["mask"], is_causal=given["is_causal"])
+            site.mask = read_mask(given["mask"], context, is_causal=given["is_causal"])
         return PassResult(len(trivial) + len(plain))
 
 
@@ -72,7 +72,8 @@ def find_plain_masks(graph: fx.Graph, context: Context) -> dict[fx.Node, fx.Node
 
 def _is_skippable(mask: fx.Node, context: Context) -> bool:
     maker = bind_arguments(mask)["maker"]
-    return maker is None or context.masks[maker].function is sdpa_mask
+    record = context.masks[maker] if maker is not None else None
+    return record is None or (record.function is sdpa_mask and record.lifted is None)
 
 
 def _is_plain(mask: fx.Node) -> bool:

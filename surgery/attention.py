@@ -57,6 +57,7 @@ def attention_mask(
     is_causal: bool,
     window: int | None,
     device: torch.device,
+    lifted: Sequence[Tensor],
     reach: int | None = None,
     chunk_size: int | None = None,
     chunk_starts: Tensor | None = None,
@@ -67,7 +68,10 @@ def attention_mask(
     is_padding: bool = False,
     maker: int | None = None,
 ) -> Tensor:
-    """The words are those of `surgery.masks.Pattern`; `maker` is the number of the `RecordedMask` that draws it."""
+    """The words are those of `surgery.masks.Pattern`; `maker` is the number of the `RecordedMask` that draws it.
+
+    `lifted` are the tensors of a function that has no words.
+    """
     raise AssertionError("surgery::attention_mask is lowered before a graph runs")
 
 
@@ -81,6 +85,7 @@ def _(
     is_causal: bool,
     window: int | None,
     device: torch.device,
+    lifted: Sequence[Tensor],
     reach: int | None = None,
     chunk_size: int | None = None,
     chunk_starts: Tensor | None = None,

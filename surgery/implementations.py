@@ -16,21 +16,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from surgery.collectives import Axis
 from surgery.errors import CaptureError, InputError
 from surgery.own_heads import HeadView, OwnHeads
+from surgery.private import flex_heads_from
 from surgery.randomness import rank_stream
 from surgery.recording import RecordedCall
 
 Implementation = Callable[..., Tensor]
+TRUSTED_PACKAGE = "transformers."
 LENGTHS = ("max_length_q", "max_length_k")
 
 
 def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
     """The registered function of `call` on this rank's heads; `hidden` are keywords that a graph cannot hold.
 
-    Where no mask stands for a pattern, and the function would take it for another one, it is told `is_causal`.
+    Where no mask stands for a pattern, and the function would take it for another one, it is told `is_causal`. What a
+    function gives to flex attention may go by the index of a head, and sees the one that the head has in the model.
     """
 
     def attend(
@@ -48,7 +52,7 @@ def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
         given = _with_numbers(heads.cut_keywords({**keywords, **hidden}))
         if mask is None and _taken_for_causal(module, given) != is_causal:
             given["is_causal"] = is_causal
-        with _dropout_stream(given.get("dropout") or 0.0, axis.rank, query.device):
+        with _dropout_stream(given.get("dropout") or 0.0, axis.rank, query.device), _flex_heads(call, heads):
             result = call.function(HeadView(module, heads), query, key, value, heads.cut_mask(mask), **given)
         return _checked(result, query, call).transpose(1, 2)
 
@@ -60,6 +64,15 @@ def own_heads(call: RecordedCall, count: int, kv_count: int, axis: Axis) -> OwnH
     """The heads that this rank attends with, of those of `call`."""
     first = axis.rank * count if count != call.num_heads else 0
     return OwnHeads(first, count, kv_count, call.num_heads, call.num_kv_heads)
+
+
+def _flex_heads(call: RecordedCall, heads: OwnHeads) -> AbstractContextManager[None]:
+    """Head indices as in the model, for functions that may call flex attention; of transformers' only its own does."""
+    is_transformers_own = call.function is flex_attention_forward
+    is_without_flex = call.function.__module__.startswith(TRUSTED_PACKAGE) and not is_transformers_own
+    if heads.first == 0 or is_without_flex:
+        return nullcontext()
+    return flex_heads_from(heads.first, are_scores_own=is_transformers_own)
 
 
 def _with_numbers(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import sdpa_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.masking_utils import and_masks, flex_attention_mask, padding_mask_function, sdpa_mask
 
-from surgery.masks import Pattern, write_mask_function
+from surgery.closures import fill
+from surgery.masks import MaskFunction, Pattern, write_mask_function
 from surgery.recording import RecordedMask
 
 TORCH_SDPA = RecordedMask("sdpa", sdpa_mask, {})
@@ -29,9 +31,12 @@ def mask_maker(record: RecordedMask) -> Callable[..., Any]:
         key_length: int,
         device: torch.device,
         may_skip: bool,
+        lifted: list[Tensor],
         padding: Tensor | None = None,
         **words: Any,
     ) -> Any:
+        if record.lifted is not None:
+            words["function"] = fill(record.lifted, lifted)
         pattern = Pattern(**words)
         if may_skip and _is_one_document(pattern):
             pattern = Pattern(**{**words, "documents": None, "positions": None})
@@ -40,7 +45,9 @@ def mask_maker(record: RecordedMask) -> Callable[..., Any]:
             "allow_is_causal_skip": is_skipped and pattern.is_causal,
             "allow_is_bidirectional_skip": is_skipped and not pattern.is_causal,
         }
-        return record.function(
+        is_own = pattern.function is not None
+        given = {name: value for name, value in record.keywords.items() if name != "use_vmap" or is_own}
+        return _function(record)(
             batch_size=batch_size,
             q_length=query_length,
             kv_length=key_length,
@@ -49,10 +56,31 @@ def mask_maker(record: RecordedMask) -> Callable[..., Any]:
             mask_function=write_mask_function(pattern),
             attention_mask=padding,
             device=device,
-            **{**record.keywords, **skips},
+            **{**given, **skips},
         )
 
     return make_mask
+
+
+def _function(record: RecordedMask) -> Callable[..., Any]:
+    """The registered function; transformers' for flex asks for a compilation of its own, which Dynamo cannot trace."""
+    is_flex = record.function is flex_attention_mask
+    return _flex_mask if is_flex and torch.compiler.is_compiling() else record.function
+
+
+def _flex_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: MaskFunction,
+    attention_mask: Tensor | None,
+    device: torch.device,
+    **kwargs: Any,
+) -> BlockMask:
+    if attention_mask is not None:
+        mask_function = and_masks(mask_function, padding_mask_function(attention_mask))
+    return create_block_mask(mask_function, batch_size, None, q_length, kv_length, device=device)
 
 
 def _is_one_document(pattern: Pattern) -> bool:

@@ -28,7 +28,7 @@ class Pattern:
     A query sees a key that is not ahead (`is_causal`), less than `window` behind, at most `reach` away, in the same
     chunk of `chunk_size` tokens counted from `chunk_starts` [B], and in the same of the `documents` [B, S]; within a
     document tokens are counted by `positions` [B, S]. Besides, all tokens of one of the `blocks` [B, S], which number
-    from 0, see each other. `drawn` [B, 1, S, S] is a mask without words.
+    from 0, see each other. `drawn` [B, 1, S, S] is a mask without words, `function` one that is not drawn yet.
     """
 
     is_causal: bool = False
@@ -40,6 +40,7 @@ class Pattern:
     positions: Tensor | None = None
     blocks: Tensor | None = None
     drawn: Tensor | None = None
+    function: MaskFunction | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -121,7 +122,10 @@ READERS: dict[str, Callable[[dict[str, Any]], Pattern | None]] = {
 
 def write_mask_function(pattern: Pattern) -> MaskFunction:
     """The mask function that `read_mask_function` would read as `pattern`, made of transformers' own."""
-    if pattern.drawn is not None:
+    base: MaskFunction
+    if pattern.function is not None:
+        base = pattern.function
+    elif pattern.drawn is not None:
         base = _look_up(pattern.drawn)
     elif pattern.is_causal:
         base = masking_utils.causal_mask_function

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from surgery.errors import CaptureError
 
@@ -39,7 +40,11 @@ class OwnHeads:
         return x if x.shape[dim] in (1, self.count) else x.narrow(dim, self.first, self.count)
 
     def cut_mask(self, mask: Any) -> Any:
-        """A mask [B, N, S, S] or [B, 1, S, S]; padding [B, S] and what is no tensor are shared by all heads."""
+        """A mask [B, N, S, S] or [B, 1, S, S], as a tensor or in blocks; padding [B, S] is shared by all heads."""
+        if isinstance(mask, BlockMask) and mask.kv_num_blocks.shape[1] not in (1, self.count):
+            own = mask[:, self.first : self.first + self.count]
+            own.mask_mod = mask.mask_mod
+            return own
         return self.cut(mask, 1) if isinstance(mask, Tensor) and mask.ndim == 4 else mask
 
     def cut_keywords(self, keywords: dict[str, Any]) -> dict[str, Any]:

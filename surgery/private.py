@@ -22,9 +22,12 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.distributed_c10d import GroupName as GroupName
 from torch.distributed.fsdp import FSDPModule
 from torch.export import ExportedProgram
+from torch.nn.attention import flex_attention as flex_attention_module
 from transformers.exporters import exporter_dynamo  # noqa: F401  (fills the table of patches)
 from transformers.exporters.utils import apply_patches
 from transformers.modeling_utils import AttentionInterface
+
+FLEX: Any = flex_attention_module
 
 
 def all_to_all_runs(x: Tensor, sent: Sequence[int], received: Sequence[int], group_name: GroupName) -> Tensor:
@@ -70,6 +73,42 @@ def intercepted_lookup(
 
     with mock.patch.object(AttentionInterface, "get_interface", get_interface):
         yield
+
+
+@contextmanager
+def flex_heads_from(first: int, *, are_scores_own: bool) -> Iterator[None]:
+    """Let flex attention call its modifications with head indices that count from `first`.
+
+    `score_mod(score, batch, head, query, key)` and `mask_mod` are written for all heads of a model; a rank has those
+    from `first` on. `are_scores_own`: the score_mod reads what was cut to the rank's heads, and counts from 0.
+    """
+    original = FLEX.flex_attention_hop
+
+    def shifted(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Any,
+        block_mask: tuple[Any, ...],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        *blocks, mask_mod = block_mask
+
+        def own_scores(score: Tensor, batch: Tensor, head: Tensor, *places: Tensor) -> Any:
+            return score_mod(score, batch, head + first, *places)
+
+        def own_mask(batch: Tensor, head: Tensor, *places: Tensor) -> Any:
+            return mask_mod(batch, head + first, *places)
+
+        scores = score_mod if are_scores_own else own_scores
+        return original(query, key, value, scores, (*blocks, own_mask), *args, **kwargs)
+
+    FLEX.flex_attention_hop = shifted
+    try:
+        yield
+    finally:
+        FLEX.flex_attention_hop = original
 
 
 def functionalized(program: ExportedProgram) -> ExportedProgram:

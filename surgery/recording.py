@@ -34,6 +34,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery import attention as operators
+from surgery.closures import LiftedFunction, UnliftableError, lift
 from surgery.errors import CaptureError
 from surgery.masks import UNKNOWN, MaskFunction, Pattern, read_mask_function
 from surgery.own_heads import PER_HEAD, WITHOUT_HEADS
@@ -91,11 +92,15 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class RecordedMask:
-    """A registered mask function, and the keywords it was given besides the sizes and the pattern."""
+    """A registered mask function, and the keywords it was given besides the sizes and the pattern.
+
+    `lifted` is a mask function of the model's own, its tensors taken out.
+    """
 
     implementation: str
     function: Callable[..., Any]
     keywords: dict[str, Any]
+    lifted: LiftedFunction | None = None
 
 
 @dataclass
@@ -268,7 +273,9 @@ def record_mask(
     if _is_nothing(function, pattern, attention_mask, kwargs):
         return None
     words = vars(pattern)
-    recording.masks.append(RecordedMask(name, function, kwargs))
+    tensors: list[Tensor] = []
+    lifted = _lifted(pattern.function, tensors)
+    recording.masks.append(RecordedMask(name, function, kwargs, lifted))
     return operators.attention_mask(
         attention_mask,
         words["documents"],
@@ -278,6 +285,7 @@ def record_mask(
         pattern.is_causal,
         pattern.window,
         torch.device(device),
+        tensors,
         **{word: words[word] for word in LATER_WORDS},
         dtype=kwargs["dtype"] if function is eager_mask else torch.bool,
         is_padding=is_flash,
@@ -302,16 +310,21 @@ def _pattern(
     pattern = read_mask_function(mask_function)
     if pattern is not UNKNOWN:
         return pattern
-    drawn = sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        mask_function=mask_function,
-        allow_is_causal_skip=False,
-        use_vmap=kwargs.get("use_vmap", False),
-        device=device,
-    )
-    return Pattern(drawn=drawn)
+    if kwargs.get("use_vmap"):
+        return Pattern(function=mask_function)
+    sizes = (batch_size, q_length, kv_length)
+    return Pattern(drawn=sdpa_mask(*sizes, mask_function=mask_function, allow_is_causal_skip=False, device=device))
+
+
+def _lifted(function: MaskFunction | None, tensors: list[Tensor]) -> LiftedFunction | None:
+    try:
+        lifted: LiftedFunction | None = lift(function, tensors)
+    except UnliftableError as error:
+        raise CaptureError(
+            f"the model's own mask function {getattr(function, '__qualname__', function)} closes over a {error}. "
+            "Expected tensors, numbers and functions of those. Pass the mask itself, [B, 1, S, S]."
+        ) from error
+    return lifted
 
 
 def _with_documents(pattern: Pattern, ends: Tensor | None, batch_size: int, length: int) -> Pattern:
@@ -322,7 +335,7 @@ def _with_documents(pattern: Pattern, ends: Tensor | None, batch_size: int, leng
     if ends is None:
         return pattern
     tokens = torch.arange(batch_size * length, device=ends.device)
-    documents = torch.bucketize(tokens, ends[1:], right=True).view(batch_size, length)
+    documents = torch.bucketize(tokens, ends, right=True).view(batch_size, length)
     if pattern.documents is not None:
         documents = documents + pattern.documents
     return replace(pattern, documents=documents)

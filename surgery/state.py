@@ -5,17 +5,20 @@ from __future__ import annotations
 from types import FunctionType, MethodType
 
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery.checkpointing import checkpointed_layers
 from surgery.engines import hooks_of, is_engine_function, is_mark, original_class, whole_shape
 from surgery.errors import CaptureError
+from surgery.recording import attention_implementations
 
 INSTALLED = ("forward", "generate", "_loss_function")  # what the transform itself puts on the model
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # a matter of segments, not of the graph
 
 
 def fingerprint(model: nn.Module) -> int:
-    """A hash of the module tree: classes, modes, and each parameter's shape, dtype, device and ties.
+    """A hash of the module tree and its attention functions: classes, modes, each parameter's shape, dtype and ties.
 
     Two equal fingerprints mean that a graph captured at one still describes the model at the other; the parameters'
     values and identities do not enter, as the graph looks them up.
@@ -30,6 +33,8 @@ def fingerprint(model: nn.Module) -> int:
                 tied_to = first_name.setdefault(id(tensor), f"{path}.{name}")
                 entries.append((name, whole_shape(tensor), tensor.dtype, tensor.device, tied_to))
     entries += _settings(model.config) if hasattr(model, "config") else []
+    for name in sorted(attention_implementations(model)):
+        entries.append((name, id(ALL_ATTENTION_FUNCTIONS.get(name)), id(ALL_MASK_ATTENTION_FUNCTIONS.get(name))))
     return hash(tuple(entries))
 
 

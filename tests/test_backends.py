@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention
 
+from surgery import CaptureError, restore, transform
 from tests.flash import CALLS, flash_on_cpu, use
 from tests.proof import assert_exact, compare
 from tests.ranks import RankPool
 from tests.test_masks_proof import padded
 from tests.zoo import make_batch, make_model
 
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 LENGTHS = (5, 20, 7)
 ENDS = torch.tensor([0, 5, 25, 32], dtype=torch.int32)
 
@@ -26,23 +34,20 @@ def packed() -> dict[str, Any]:
 
 def with_ends() -> dict[str, Any]:
     """One row of documents, told apart by where they end."""
-    longest = max(LENGTHS)
-    return {
-        **make_batch(1, 32),
-        "cu_seq_lens_q": ENDS,
-        "cu_seq_lens_k": ENDS,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    ends = {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS)}
+    return {**make_batch(1, 32), **ends}
 
 
-BATCHES = {
+BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: make_batch(2, 32),
-    "padded": lambda: padded("right"),
-    "padded_left": lambda: padded("left"),
+    "right": lambda: padded("right"),
+    "left": lambda: padded("left"),
     "packed": packed,
     "ends": with_ends,
 }
+
+
+# flash-attn
 
 
 def prove_flash(name: str, sp_size: int, implementation: str, batch: dict[str, Any], **changes: Any) -> Any:
@@ -59,6 +64,244 @@ def assert_flash(results: list[Any], function: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-def test_flash(ranks: RankPool, kind: str) -> None:
-    results = ranks.run(prove_flash, "llama", 2, "flash_attention_2", BATCHES[kind]())
+def test_flash(pair: RankPool, kind: str) -> None:
+    results = pair.run(prove_flash, "llama", 2, "flash_attention_2", BATCHES[kind]())
     assert_flash(results, "dense" if kind == "causal" else "varlen")
+
+
+@pytest.mark.parametrize("version", ["flash_attention_3", "flash_attention_4"])
+def test_later_versions_of_flash(pair: RankPool, version: str) -> None:
+    assert_flash(pair.run(prove_flash, "llama", 2, version, packed()), "varlen")
+
+
+def test_flash_with_fewer_key_heads_than_ranks(ranks: RankPool) -> None:
+    assert_flash(ranks.run(prove_flash, "llama", 4, "flash_attention_2", packed(), num_key_value_heads=2), "varlen")
+
+
+@pytest.mark.parametrize(("name", "what"), [("mistral", "window"), ("gemma2", "softcap"), ("gpt_oss", "sinks")])
+def test_flash_beyond_plain_attention(ranks: RankPool, name: str, what: str) -> None:
+    assert_flash(ranks.run(prove_flash, name, 4, "flash_attention_4", make_batch(2, 32)), "dense")
+
+
+# functions of a user's own
+
+
+def soft_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float = 1.0,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Softmax at twice the temperature; a mask is added, and without one documents are read off the positions."""
+    groups = module.num_key_value_groups
+    assert query.shape[1] == groups * key.shape[1], "local heads"
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling / 2
+    if attention_mask is None:
+        assert position_ids is not None and position_ids.shape[1] == query.shape[2], "whole positions"
+        starts = torch.arange(query.shape[2]) - position_ids
+        seen = (starts[:, :, None] == starts[:, None]) & torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    else:
+        scores = scores + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def soft_mask(dtype: torch.dtype, **kwargs: Any) -> Tensor:
+    """A mask function of a user's own: hidden tokens are only made unlikely."""
+    mask = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
+    assert mask is not None
+    return torch.where(mask, torch.zeros((), dtype=dtype), -3.0)
+
+
+def sloped_flex(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float = 1.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Flex attention that goes by the index of a head: the k-th head of the model forgets k times as fast."""
+
+    def slope(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return torch.where(k <= q, score - 0.1 * head * (q - k), float("-inf"))
+
+    return flex_attention(query, key, value, slope, scale=scaling, enable_gqa=True).transpose(1, 2), None
+
+
+def register_own() -> None:
+    AttentionInterface.register("soft", soft_attention)
+    AttentionInterface.register("soft_masked", soft_attention)
+    AttentionMaskInterface.register("soft_masked", soft_mask)
+    AttentionInterface.register("sloped_flex", sloped_flex)
+
+
+def prove_own(implementation: str, sp_size: int, batch: dict[str, Any], **changes: Any) -> dict[str, float]:
+    register_own()
+    before = registries()
+    errors = compare(make_model("llama", attn_implementation=implementation, **changes), sp_size, batch)
+    assert registries() == before
+    return errors
+
+
+def registries() -> list[dict[str, Any]]:
+    """All that is registered, and in which of an interface's two tables."""
+    interfaces = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    return [dict(table) for each in interfaces for table in (each._global_mapping, each._local_mapping)]
+
+
+@pytest.mark.parametrize("implementation", ["soft", "soft_masked", "eager"])
+def test_own_function_on_packed_documents(pair: RankPool, implementation: str) -> None:
+    assert_exact(pair.run(prove_own, implementation, 2, packed()))
+
+
+def test_own_function_with_a_mask_on_padding(ranks: RankPool) -> None:
+    assert_exact(ranks.run(prove_own, "soft_masked", 4, padded("both"), num_key_value_heads=2))
+
+
+def test_own_function_on_one_document(ranks: RankPool) -> None:
+    assert_exact(ranks.run(prove_own, "soft", 4, make_batch(2, 32), num_key_value_heads=1))
+
+
+class Branching(LlamaAttention):
+    """Does something of its own where the implementation has a certain name."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_soft = self.config._attn_implementation == "soft"
+        return super().forward(hidden_states.flip(-1) if is_soft else hidden_states, *args, **kwargs)
+
+
+def _prove_branch(implementation: str) -> dict[str, float]:
+    register_own()
+    model = make_model("llama", attn_implementation=implementation)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Branching
+    return compare(model, 2, packed())
+
+
+def test_models_that_branch_on_the_name(pair: RankPool) -> None:
+    assert_exact(pair.run(_prove_branch, "soft"))
+
+
+def _prove_side_by_side() -> list[dict[str, float]]:
+    """One model on flash-attn, one on a function of a user's own, one left alone, in one process."""
+    register_own()
+    with flash_on_cpu():
+        flash, own = use(make_model("llama"), "flash_attention_2"), make_model("qwen2", attn_implementation="soft")
+        other = transform(make_model("llama", attn_implementation="eager"), 2)
+        errors = [compare(flash, 2, packed()), compare(own, 2, packed())]
+        restore(other)
+    return errors
+
+
+def test_implementations_side_by_side(pair: RankPool) -> None:
+    for flash, own in pair.run(_prove_side_by_side):
+        assert_exact([flash, own])
+
+
+class Failing(LlamaAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("does not trace")
+
+
+def test_a_failed_capture_leaves_the_registries_alone() -> None:
+    register_own()
+    model = make_model("llama", attn_implementation="soft_masked")
+    model.model.layers[1].self_attn.__class__ = Failing
+    before = registries()
+    with pytest.raises(CaptureError, match="does not trace"):
+        transform(model, 2)
+    assert registries() == before
+
+
+def test_a_replaced_function_is_captured_anew() -> None:
+    register_own()
+    model = transform(make_model("llama", attn_implementation="soft"), 2)
+    batch = make_batch(2, 32)
+    first = model.surgery.prepare(**batch)
+    assert model.surgery.prepare(**batch) is first
+    AttentionInterface.register("soft", partial(soft_attention))
+    assert model.surgery.prepare(**batch) is not first
+
+
+# flex: forward only, as it has no backward on a CPU
+
+
+def _prove_flex(implementation: str, sp_size: int, batches: list[dict[str, Any]], **changes: Any) -> dict[str, float]:
+    register_own()
+    model = use(make_model("mistral", sliding_window=8, **changes).eval(), implementation)
+    errors = {}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for index, batch in enumerate(batches):
+            del batch["labels"]
+            errors[f"batch {index}"] = compare(model, sp_size, batch)["logits"]
+    return errors
+
+
+def test_flex(pair: RankPool) -> None:
+    assert_exact(pair.run(_prove_flex, "flex_attention", 2, [make_batch(2, 32), padded("left"), packed()]))
+
+
+def test_flex_heads_are_those_of_the_model(ranks: RankPool) -> None:
+    assert_exact(ranks.run(_prove_flex, "sloped_flex", 4, [make_batch(2, 32)], num_key_value_heads=2))
+
+
+def test_block_masks_are_made_once_for_all_calls() -> None:
+    model = transform(use(make_model("llama").eval(), "flex_attention"), 2)
+    program = model.surgery.programs[0]
+    masks = {site.node.args[3] for site in program.context.sites}
+    assert [site.implementation for site in program.context.sites] == ["flex_attention"] * 2
+    assert [mask.target.__name__ for mask in masks] == ["make_mask"]
+
+
+# cu_seq_lens_* where attention does not read them
+
+
+def _prove_ends(implementation: str) -> dict[str, float]:
+    """Against the unsharded model with a mask [1, 1, S, S] of the documents."""
+    documents = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    seen = (documents[:, None] == documents[None]).tril()[None, None]
+    mask = seen if implementation == "sdpa" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    model = make_model("llama", attn_implementation=implementation)
+    return compare(model, 2, {**make_batch(1, 32), "attention_mask": mask}, run=lambda **_: model(**with_ends()))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_ends_of_documents_become_a_mask(pair: RankPool, implementation: str) -> None:
+    assert_exact(pair.run(_prove_ends, implementation))
+
+
+def test_other_counts_of_documents_are_not_captured_again() -> None:
+    model = transform(make_model("llama"), 2)
+    first = model.surgery.prepare(**with_ends())
+    ends = {"cu_seq_lens_q": torch.tensor([0, 9, 32]), "cu_seq_lens_k": torch.tensor([0, 9, 32])}
+    ends = {name: value.int() for name, value in ends.items()}
+    assert model.surgery.prepare(**{**with_ends(), **ends, "max_length_q": 23, "max_length_k": 23}) is first
+
+
+# torch.compile(fullgraph=True)
+
+
+def _prove_compiled(implementation: str, batch: dict[str, Any]) -> dict[str, float]:
+    register_own()
+    torch._dynamo.reset()
+    model = use(make_model("llama", num_hidden_layers=1), implementation)
+    with torch.set_grad_enabled("labels" in batch):
+        run: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+        return compare(model, 2, batch, run=lambda **given: run(**given))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "soft_masked"])
+def test_compiled(pair: RankPool, implementation: str) -> None:
+    assert_exact(pair.run(_prove_compiled, implementation, packed()))
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "sloped_flex"])
+def test_compiled_flex(pair: RankPool, implementation: str) -> None:
+    assert_exact(pair.run(_prove_compiled, implementation, {"input_ids": make_batch(2, 32)["input_ids"]}))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import masking_utils
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama import modeling_llama
 
-from tests.proof import assert_exact, prove
+from tests.proof import assert_exact, compare, prove
 from tests.ranks import RankPool
-from tests.zoo import make_batch
+from tests.zoo import make_batch, make_model
 
 
 def padded(side: str) -> dict[str, Any]:
@@ -56,6 +61,59 @@ def test_explicit_mask(pair: RankPool) -> None:
     visible = visible | torch.eye(32, dtype=torch.bool)
     batch = {**make_batch(2, 32), "attention_mask": visible.expand(2, 1, -1, -1).contiguous()}
     assert_exact(pair.run(prove, "llama", 2, batch=batch))
+
+
+def test_a_mask_for_each_head(ranks: RankPool) -> None:
+    """Every head forgets at a pace of its own, as under ALiBi."""
+    distance = torch.arange(32)[:, None] - torch.arange(32)[None]
+    slopes = torch.arange(1, 9).view(1, 8, 1, 1) / 16
+    bias = torch.where(distance >= 0, -slopes * distance, torch.finfo(torch.float32).min)
+    batch = {**make_batch(2, 32), "attention_mask": bias.expand(2, -1, -1, -1).contiguous()}
+    assert_exact(ranks.run(prove, "llama", 4, batch=batch))
+
+
+def _chunked(config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    config.attention_chunk_size = 6
+    return masking_utils.create_chunked_causal_mask(config, inputs_embeds, attention_mask, **kwargs)
+
+
+def _blockwise(config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """The first tokens of a row, or of each document, are an image: all of them see each other."""
+    image = torch.where(kwargs["position_ids"] < 4, 0, -1).expand(inputs_embeds.shape[0], -1)
+    return create_causal_mask(config, inputs_embeds, attention_mask, block_sequence_ids=image, **kwargs)
+
+
+def _prefix(config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """A prefix that all tokens of a row see, by a function of the model's own over a tensor of its own."""
+    prefix = (kwargs["position_ids"] < 4).sum(-1).expand(inputs_embeds.shape[0])
+
+    def is_in_prefix(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key < prefix[batch]
+
+    return create_causal_mask(config, inputs_embeds, attention_mask, or_mask_function=is_in_prefix, **kwargs)
+
+
+def _bidirectional(config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    return masking_utils.create_bidirectional_mask(config, inputs_embeds, attention_mask)
+
+
+MASKS = {"chunked": _chunked, "blockwise": _blockwise, "prefix": _prefix, "bidirectional": _bidirectional}
+
+
+def _prove_mask(kind: str, implementation: str, batch: dict[str, Any]) -> dict[str, float]:
+    """The errors of a llama that asks for another mask."""
+    model = make_model("llama", attn_implementation=implementation)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = kind != "bidirectional"
+    with mock.patch.object(modeling_llama, "create_causal_mask", MASKS[kind]):
+        return compare(model, 2, batch)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_of_other_models(pair: RankPool, kind: str, implementation: str) -> None:
+    batch = packed((5, 20, 7)) if implementation == "sdpa" else padded("left")
+    assert_exact(pair.run(_prove_mask, kind, implementation, batch))
 
 
 def test_eager_implementation(ranks: RankPool) -> None:

@@ -30,7 +30,7 @@ def describe(x: Tensor, padding: Tensor | None = None, documents: Tensor | None 
     """The mask of a square call over the tokens of x, [B, N, S, H]."""
     given = {"is_causal": True, "window": None, **options}
     sizes = (x.shape[0], x.shape[2], x.shape[2])
-    mask: Tensor = torch.ops.surgery.attention_mask(padding, documents, *sizes, **given, device=x.device)
+    mask: Tensor = torch.ops.surgery.attention_mask(padding, documents, *sizes, **given, device=x.device, lifted=[])
     return mask
 
 
