@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from passes.call_opaque_modules import OPAQUE
 from surgery.errors import UnsupportedOperationError
 from surgery.metadata import KEY, Context, NodeFacts, Skip, where
 from surgery.pipeline import PassResult
@@ -38,7 +39,7 @@ class PropagatePlacements:
         skips = []
         for node, facts in found.items():
             node.meta[KEY] = facts
-            if facts.family == "gathered":
+            if facts.family == "gathered" and facts.step is not None:
                 skips.append(Skip(where(node), facts.reason))
         is_sharded = [any(isinstance(p, Sharded) for p in facts.placements) for facts in found.values()]
         return PassResult(sum(is_sharded), tuple(skips))
@@ -61,6 +62,8 @@ def find_placements(graph: fx.Graph, context: Context) -> dict[fx.Node, NodeFact
 def _decide(node: fx.Node, found: dict[fx.Node, NodeFacts], context: Context) -> NodeFacts:
     placements: dict[fx.Node, Placement] = {source: found[source].placement for source in tensor_nodes(node)}
     call = make_call(node, placements, context.lengths)
+    if node.target is OPAQUE:
+        return _gathered(call, context, context.opaque_calls[call.arguments["call"]].why)
     if region_of(node) is not None:
         step = region_step(call)
         return NodeFacts(step.results, "region" if step.is_sharded else "replicated", step)

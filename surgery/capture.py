@@ -21,9 +21,12 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from surgery.culprits import trace_around
 from surgery.custom_backward import refuse_custom_backward
 from surgery.errors import CaptureError
-from surgery.private import UserError, export_patches, functionalized
+from surgery.metadata import Skip
+from surgery.opaque import InputSizes, OpaqueCall, OpaqueModules
+from surgery.private import UserError, export_patches, functionalized, refused_specialization
 from surgery.recording import RecordedCall, RecordedMask, Recording, recorded_attention
 from surgery.shapes import to_expr
 from surgery.signature import SEQUENCE_INPUTS, Signature, TensorInput
@@ -56,15 +59,25 @@ class Capture:
     bounds: Bounds = UNBOUNDED
     calls: list[RecordedCall] = field(default_factory=list)
     masks: list[RecordedMask] = field(default_factory=list)
+    opaque_calls: tuple[OpaqueCall, ...] = ()
+    attempts: tuple[Skip, ...] = ()
 
 
 def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) -> Capture:
     """Trace `model` for `signature` with `torch.export`, batch and sequence dynamic, on an example of [B, S] tokens.
 
-    An example of one is captured for just that size: torch.export specializes ones.
+    An example of one is captured for just that size: torch.export specializes ones. Modules that cannot be traced
+    become opaque (`surgery/opaque.py`).
 
     Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
     """
+    captured, attempts = trace_around(model, lambda opaque: _trace(model, signature, example, opaque))
+    captured.attempts = attempts
+    return captured
+
+
+def _trace(model: nn.Module, signature: Signature, example: tuple[int, int], opaque: OpaqueModules) -> Capture:
+    sizes = InputSizes()
     names = [tensor.name for tensor in signature.tensors]
     with ExitStack() as stack:
         recording = stack.enter_context(recorded_attention(model))
@@ -73,7 +86,9 @@ def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) ->
         stack.enter_context(as_unsharded(model))
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
-        stack.enter_context(_flat_forward(model, names, dict(signature.constants), recording))
+        stack.enter_context(refused_specialization(SpecializedError))
+        stack.enter_context(opaque.recorded(sizes))
+        stack.enter_context(_flat_forward(model, signature, recording, sizes))
         try:
             program, bounds = _export(model, signature, example)
             if any(_is_mutable(node) for node in program.graph.nodes):
@@ -89,7 +104,15 @@ def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) ->
     captured = _to_capture(program, names)
     captured.bounds = bounds
     captured.calls, captured.masks = recording.calls, recording.masks
+    captured.opaque_calls = tuple(opaque.calls)
     return captured
+
+
+class SpecializedError(CaptureError):
+    """The model's code needs, as a plain number, a size that varies from call to call: to loop over tokens, mostly."""
+
+    def __init__(self) -> None:
+        super().__init__("the code needs as a number a size that varies from call to call")
 
 
 def _export(model: nn.Module, signature: Signature, example: tuple[int, int]) -> tuple[ExportedProgram, Bounds]:
@@ -145,18 +168,17 @@ def _first_lines(error: Exception) -> str:
 
 
 @contextmanager
-def _flat_forward(
-    model: nn.Module, names: list[str], constants: dict[str, Any], recording: Recording
-) -> Iterator[None]:
-    """Give the model, for the trace, a forward whose parameters are exactly the signature's tensors."""
+def _flat_forward(model: nn.Module, signature: Signature, recording: Recording, sizes: InputSizes) -> Iterator[None]:
+    """Give the model a forward with exactly the signature's tensors as parameters, which reads their sizes."""
     installed = model.__dict__.pop("forward", None)
     original = model.forward
 
     def forward(**tensors: Tensor) -> Any:
         recording.tensors = tensors
-        return original(**tensors, **constants)
+        sizes.read((tensors[tensor.name], tensor.dims) for tensor in signature.tensors)
+        return original(**tensors, **dict(signature.constants))
 
-    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    parameters = [inspect.Parameter(t.name, inspect.Parameter.KEYWORD_ONLY) for t in signature.tensors]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     try:
         model.forward = forward

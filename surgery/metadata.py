@@ -12,12 +12,14 @@ import sympy
 from torch import fx
 
 from surgery.collectives import Axis
+from surgery.opaque import OpaqueCall
 from surgery.placement import REPLICATED, Placement
 from surgery.recording import RecordedCall, RecordedMask
 from surgery.rules.call import Step
 from surgery.shapes import Lengths
 
 KEY = "surgery"
+RECORDER = "surgery/opaque.py"  # stands in the place of model code while it is traced
 
 OnUnknown = Literal["gather", "refuse"]
 Gradients = Literal["mean", "sum"]
@@ -139,6 +141,8 @@ class Context:
     masks: list[RecordedMask] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     assumptions: list[sympy.Basic] = field(default_factory=list)
+    opaque_calls: tuple[OpaqueCall, ...] = ()
+    attempts: tuple[Skip, ...] = ()
     facts: set[str] = field(default_factory=set)
     records: list[PassRecord] = field(default_factory=list)
 
@@ -163,7 +167,8 @@ def module_class(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """`file.py:123` of the model code that made `node`, or "" if unknown."""
-    frames = [line for line in (node.meta.get("stack_trace") or "").splitlines() if line.startswith("  File")]
+    lines = (node.meta.get("stack_trace") or "").splitlines()
+    frames = [line for line in lines if line.startswith("  File") and RECORDER not in line]
     if not frames:
         return ""
     path, line = frames[-1].split('"')[1], frames[-1].split(",")[1].strip().removeprefix("line ")

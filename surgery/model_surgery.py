@@ -177,6 +177,8 @@ class ModelSurgery:
             has_document_ends=any(tensor.name == DOCUMENT_ENDS for tensor in signature.tensors),
             calls=captured.calls,
             masks=captured.masks,
+            opaque_calls=captured.opaque_calls,
+            attempts=captured.attempts,
         )
         low, high = captured.bounds
         context.assumptions += [sympy.Ge(captured.length, low)] if low is not None else []

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import (
     UserError as UserError,
 )  # what torch.export raises for dims that are less dynamic than asked for
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.distributed_c10d import GroupName as GroupName
 from torch.distributed.fsdp import FSDPModule
 from torch.export import ExportedProgram
+from torch.fx.experimental.sym_node import SymNode
 from torch.nn.attention import flex_attention as flex_attention_module
 from transformers.exporters import exporter_dynamo  # noqa: F401  (fills the table of patches)
 from transformers.exporters.utils import apply_patches
@@ -109,6 +111,24 @@ def flex_heads_from(first: int, *, are_scores_own: bool) -> Iterator[None]:
         yield
     finally:
         FLEX.flex_attention_hop = original
+
+
+@contextmanager
+def refused_specialization(error: type[Exception]) -> Iterator[None]:
+    """While a model is traced, raise `error` where its code needs a symbolic size as a plain number.
+
+    Export would go on with the example's number, and report at the end that the size is not dynamic, without a place.
+    """
+    original = SymNode.guard_int
+
+    def guard_int(self: SymNode, file: str, line: int) -> int:
+        is_fixed = self.shape_env is None or self.shape_env._maybe_evaluate_static(self.expr) is not None
+        if not is_fixed and self.has_hint():
+            raise error()
+        return original(self, file, line)
+
+    with mock.patch.object(SymNode, "guard_int", guard_int):
+        yield
 
 
 def functionalized(program: ExportedProgram) -> ExportedProgram:

@@ -80,7 +80,7 @@ class Program:
 
 def build_program(captured: Capture, signature: Signature, context: Context, cuts: Cuts) -> Program:
     """Compile the graph of `captured` into a function of the model and the signature's tensors."""
-    code, function = _link(captured.graph, cuts)
+    code, function = _link(captured.graph, context, cuts)
     return Program(signature, captured.graph, context, captured.output_spec, code, function, cuts)
 
 
@@ -88,11 +88,12 @@ def relink(program: Program, cuts: Cuts) -> Program:
     """The same graph, with the calls of other modules in it: after an engine has put its hooks on the model."""
     if program.cuts == cuts:
         return program
-    code, function = _link(program.graph, cuts)
+    code, function = _link(program.graph, program.context, cuts)
     return replace(program, code=code, function=function, cuts=cuts)
 
 
-def _link(graph: fx.Graph, cuts: Cuts) -> tuple[str, Callable[..., tuple[Any, ...]]]:
+def _link(graph: fx.Graph, context: Context, cuts: Cuts) -> tuple[str, Callable[..., tuple[Any, ...]]]:
+    cuts = cuts.without({call.path for call in context.opaque_calls})
     name = f"<surgery {id(graph)}>"
     if cuts.paths:
         graph = cut_graph(graph, cuts, lambda body, segment: _compile(body, f"{name} {segment}")[1])

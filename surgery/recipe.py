@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from passes.call_opaque_modules import CallOpaqueModules
 from passes.canonicalize_sizes import CanonicalizeSizes
 from passes.extract_assumptions import ExtractAssumptions
 from passes.inline_regions import InlineRegions
@@ -29,6 +30,7 @@ SEQUENCE_PARALLEL: tuple[Pass, ...] = (
     InsertConversions(),
     InsertAllToAll(),
     LowerAttention(),
+    CallOpaqueModules(),
     SpecializeLength(),
     ScaleOutputGradients(),
 )

@@ -26,11 +26,16 @@ TRUSTED_PACKAGE = "transformers.models."
 def region_of(node: fx.Node) -> str | None:
     """The path of the token-local module that `node` was traced in, if it is in one."""
     for path, module_class in (node.meta.get("nn_module_stack") or {}).values():
-        is_name = isinstance(module_class, str)
-        name = module_class if is_name else f"{module_class.__module__}.{module_class.__qualname__}"
-        if name.startswith(TRUSTED_PACKAGE) and name.endswith(TOKEN_LOCAL_SUFFIX):
+        if is_region(module_class):
             return str(path)
     return None
+
+
+def is_region(module_class: type | str) -> bool:
+    """Whether a module of this class, or of this full name, is trusted to map each token by itself."""
+    own = isinstance(module_class, type) and f"{module_class.__module__}.{module_class.__qualname__}"
+    name = own or str(module_class)
+    return name.startswith(TRUSTED_PACKAGE) and name.endswith(TOKEN_LOCAL_SUFFIX)
 
 
 def region_step(call: Call) -> Step:

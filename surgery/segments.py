@@ -43,6 +43,11 @@ class Cuts:
     def paths(self) -> frozenset[str]:
         return frozenset(self.hooked) | frozenset(self.checkpointed)
 
+    def without(self, called: Collection[str]) -> Cuts:
+        """The cuts to make where the graph itself calls the modules at `called`: their own call does the rest."""
+        hooked, checkpointed = ([p for p in paths if p not in called] for paths in (self.hooked, self.checkpointed))
+        return Cuts(tuple(hooked), tuple(checkpointed))
+
 
 @dataclass(frozen=True)
 class Segment:

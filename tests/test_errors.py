@@ -123,8 +123,8 @@ class Branching(nn.Module):
 def test_not_exportable() -> None:
     model = make_model("llama")
     model.model.layers[1].mlp = Branching(model.model.layers[1].mlp)
-    with pytest.raises(CaptureError, match=r"torch\.export cannot capture LlamaForCausalLM"):
-        transform(model, 2)
+    with pytest.raises(UnsupportedOperationError, match=r"layers\.1\.mlp.*Branching is called whole.*on_unknown"):
+        transform(model, 2, on_unknown="refuse")
     assert "forward" not in model.__dict__
 
 
@@ -310,8 +310,8 @@ class WithReversal(nn.Module):
 def test_a_backward_of_ones_own_is_not_lost() -> None:
     model = make_model("llama")
     model.model.layers[0].mlp = WithReversal(model.model.layers[0].mlp)
-    with pytest.raises(CaptureError, match=r"Reversed is a torch\.autograd\.Function.*would lose it"):
-        transform(model, 2)
+    with pytest.raises(UnsupportedOperationError, match=r"Reversed is a torch\.autograd\.Function.*on_unknown"):
+        transform(model, 2, on_unknown="refuse")
 
 
 def _different_options() -> str:

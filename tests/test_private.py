@@ -43,8 +43,10 @@ EXPECTED_PRIVATE = {
     "torch._dynamo",
     "torch._functorch",
     "torch._ops",
+    "torch._subclasses",
     "torch.distributed._functional_collectives",
     "torch.distributed.fsdp._fully_shard",
+    "torch.utils._python_dispatch",
     "torch.utils._pytree",
     "torch.utils._sympy",
 }
@@ -268,3 +270,25 @@ def test_fully_shard(ranks: RankPool) -> None:
         assert units == [private.FsdpUnit("", SP_SIZE, False, False), private.FsdpUnit("0", SP_SIZE, False, True)]
         assert are_its_own
         assert classes == ["Sequential", "Linear", "LayerNorm"]
+
+
+class Needy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(range(x.shape[0])) if x.shape[0] > 1 else x
+
+
+def test_a_size_needed_as_a_number_is_noticed_where_it_is() -> None:
+    with private.refused_specialization(KeyError), pytest.raises(KeyError) as caught:
+        torch.export.export(Needy(), (torch.ones(4),), dynamic_shapes=({0: Dim("n")},), strict=False)
+    assert any(isinstance(entry.frame.f_locals.get("self"), Needy) for entry in caught.traceback)
+    torch.export.export(Needy(), (torch.ones(4),), strict=False)
+
+
+def test_fake_tensors_run_modules_of_the_meta_device() -> None:
+    mode = private.FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.device("meta"):
+        layer = nn.Linear(4, 6)
+    weight = mode.from_tensor(layer.weight)
+    with mode:
+        found = torch.randn(3, 4, device="meta") @ weight.T
+    assert found.shape == (3, 6) and weight.device.type == "meta"

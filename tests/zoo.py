@@ -70,11 +70,79 @@ OTHERS: dict[str, dict[str, Any]] = {
     "bert": {"is_decoder": True, "pad_token_id": 0},
 }
 """Soft caps, sinks, ALiBi, hand-written attention, tables of positions, an encoder's blocks: nothing made for them."""
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "num_experts": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 8,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 8,
+    },
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "mamba_d_state": 16,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 8,
+        "num_mem_blocks": 1,
+    },
+    "nemotron_h": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "head_dim": 8,
+    },
+    "qwen3_next": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "recurrent_gemma": {
+        "lru_width": 64,
+        "block_types": ["recurrent", "attention"],
+        "attention_window_size": 16,
+        "head_dim": 8,
+    },
+    "rwkv": {"attention_hidden_size": 64, "context_length": 512},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+"""State-space models, linear attention, convolutions, and hybrids of them with attention."""
 
 
 def make_config(name: str, **changes: Any) -> Any:
     """The shrunk configuration of an architecture, without dropout."""
-    return AutoConfig.for_model(name, **{**COMMON, **NO_DROPOUT, **(ARCHITECTURES | OTHERS)[name], **changes})
+    return AutoConfig.for_model(
+        name, **{**COMMON, **NO_DROPOUT, **(ARCHITECTURES | OTHERS | RECURRENT)[name], **changes}
+    )
 
 
 def make_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -1,0 +1,299 @@
+"""Opaque modules: those that no trace can follow for any length become one node, called live, on whole values.
+
+    trace       y = mixer(x)    ->   y = surgery::opaque([x], call 0)       the shape of y was learnt by running it
+    run time    y = opaque(x)   ->   y = self.model.layers[0].mixer(x)      the module itself, whole on every rank
+
+A scan over the tokens, a branch on their values, a backward written by hand: all of it is exact, as the module is what
+runs and what autograd differentiates. It is not shared between the ranks, and its inputs are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgery.errors import CaptureError, InputError
+from surgery.shapes import Shape, shape_of, to_expr
+
+CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+SCHEMA = (
+    "(Tensor[] operands, int call, SymInt[] numbers, SymInt[] sizes, int[] ndims, ScalarType[] dtypes, Device device)"
+    " -> Tensor[]"
+)
+
+
+@torch.library.custom_op("surgery::opaque", mutates_args=(), schema=SCHEMA)
+def opaque(
+    operands: Sequence[Tensor],
+    call: int,
+    numbers: Sequence[int],
+    sizes: Sequence[int],
+    ndims: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> list[Tensor]:
+    """Stands for `OpaqueCall` number `call`; `sizes` are those of all results, one after the other."""
+    raise AssertionError("surgery::opaque is replaced by the module before a graph runs")
+
+
+@opaque.register_fake
+def _(
+    operands: Sequence[Tensor],
+    call: int,
+    numbers: Sequence[int],
+    sizes: Sequence[int],
+    ndims: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> list[Tensor]:
+    shapes = split_sizes(sizes, ndims)
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def split_sizes(sizes: Sequence[int], ndims: Sequence[int]) -> list[list[int]]:
+    """`[2, 8, 64, 2, 8]` with 3 and 2 dimensions is `[[2, 8, 64], [2, 8]]`."""
+    remaining = iter(sizes)
+    return [[next(remaining) for _ in range(ndim)] for ndim in ndims]
+
+
+@dataclass
+class InputSizes:
+    """The traced sizes of a model's inputs.
+
+    Two inputs may begin with symbols of their own for one size: `names` has for each symbol the one that is used here.
+    """
+
+    sizes: dict[sympy.Expr, torch.SymInt] = field(default_factory=dict)
+    names: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
+
+    def read(self, tensors: Iterable[tuple[Tensor, tuple[str | int, ...]]]) -> None:
+        """Take the sizes of each tensor, whose dimensions have letters or numbers."""
+        self.sizes.clear()
+        first: dict[str | int, sympy.Expr] = {}
+        for tensor, letters in tensors:
+            for size, letter in zip(tensor.shape, letters, strict=True):
+                if isinstance(size, torch.SymInt):
+                    self.sizes[to_expr(size)] = size
+                    self.names[to_expr(size)] = first.setdefault(letter, to_expr(size))
+
+    def rename(self, shape: Iterable[sympy.Expr]) -> Shape:
+        return tuple(expr.subs(self.names) for expr in shape)
+
+    def size(self, expr: sympy.Expr) -> Any:
+        """The traced size that `expr`, a product, stands for."""
+        size: Any = 1
+        for factor in sympy.Mul.make_args(expr):
+            size = size * (int(factor) if factor.is_Integer else self.sizes[factor])
+        return size
+
+
+class Operand(NamedTuple):
+    """A tensor among the arguments of a call."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Number(NamedTuple):
+    """A size among the arguments of a call."""
+
+    expr: sympy.Expr
+
+
+class Result(NamedTuple):
+    """A tensor among the results of a call."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a module is called with: `Operand`s, `Number`s and constants, flattened."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    @property
+    def symbols(self) -> tuple[sympy.Symbol, ...]:
+        exprs = [e for leaf in self.leaves for e in _expressions(leaf)]
+        return tuple(sorted({s for e in exprs for s in e.free_symbols}, key=str))
+
+    def arrange(self, operands: Sequence[Any], numbers: Sequence[Any]) -> Iterator[Any]:
+        """Operands and numbers in the order in which the module takes them."""
+        tensors, sizes = iter(operands), iter(numbers)
+        for leaf in self.leaves:
+            if isinstance(leaf, (Operand, Number)):
+                yield next(tensors) if isinstance(leaf, Operand) else next(sizes)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a module returns: `Result`s and constants, flattened; and whether it draws random numbers on the way."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    is_random: bool
+
+    @property
+    def tensors(self) -> tuple[Result, ...]:
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Result))
+
+
+@dataclass(frozen=True)
+class OpaqueCall:
+    """One call of one module in a captured graph."""
+
+    path: str
+    module_class: str
+    reason: str
+    arguments: Arguments
+    results: Results
+
+    @property
+    def why(self) -> str:
+        return f"{self.module_class} is called whole on every rank, as it could not be traced: {self.reason}"
+
+
+def _expressions(leaf: Any) -> tuple[sympy.Expr, ...]:
+    if isinstance(leaf, Operand):
+        return leaf.shape
+    return (leaf.expr,) if isinstance(leaf, Number) else ()
+
+
+class UnlearnedError(CaptureError):
+    """The trace met a call whose results are not known yet: they are learnt outside it, and it starts anew."""
+
+    def __init__(self, module_class: type[nn.Module], arguments: Arguments) -> None:
+        super().__init__(f"the results of {module_class.__name__} are not known yet")
+        self.module_class = module_class
+        self.arguments = arguments
+
+
+@dataclass
+class OpaqueModules:
+    """Which modules of a model a trace must not look into, why, and what is known of their results.
+
+    `reasons` has an entry for each class; `learnt` is keyed by module path and arguments.
+    """
+
+    model: nn.Module
+    reasons: dict[type[nn.Module], str] = field(default_factory=dict)
+    learnt: dict[tuple[str, Arguments], Results] = field(default_factory=dict)
+    calls: list[OpaqueCall] = field(default_factory=list)
+
+    def paths(self, module_class: type[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+        """The modules concerned, outermost only: what is inside another is called by it."""
+        inside: list[str] = []
+        for path, module in self.model.named_modules():
+            if type(module) not in self.reasons or any(path.startswith(f"{outer}.") for outer in inside):
+                continue
+            inside.append(path)
+            if module_class is None or type(module) is module_class:
+                yield path, module
+
+    @contextmanager
+    def recorded(self, sizes: InputSizes) -> Iterator[None]:
+        """While a model is traced, record calls of the modules concerned instead of following them.
+
+        `sizes` are those of the model's inputs, read when its forward begins.
+        """
+        self.calls.clear()
+        with ExitStack() as stack:
+            for path, module in list(self.paths()):
+                stack.enter_context(_replaced_forward(module, self._recorder(path, module, sizes)))
+            yield
+
+    def _recorder(self, path: str, module: nn.Module, sizes: InputSizes) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            values, spec = pytree.tree_flatten((args, kwargs))
+            arguments = Arguments(tuple(_describe(value, path, sizes) for value in values), spec)
+            results = self.learnt.get((path, arguments))
+            if results is None:
+                raise UnlearnedError(type(module), arguments)
+            kind = type(module)
+            call = OpaqueCall(path, kind.__name__, self.reasons[kind], arguments, results)
+            self.calls.append(call)
+            return _emit(call, len(self.calls) - 1, values, sizes)
+
+        return forward
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _describe(value: Any, path: str, sizes: InputSizes) -> Any:
+    if isinstance(value, Tensor):
+        return Operand(sizes.rename(shape_of(value)), value.dtype, value.device)
+    if isinstance(value, torch.SymInt):
+        return Number(sizes.rename((to_expr(value),))[0])
+    if isinstance(value, CONSTANTS):
+        return value
+    raise CaptureError(
+        f"{path} is called with a {type(value).__name__}. Expected tensors, numbers and words: what else it holds "
+        "could not be passed on."
+    )
+
+
+def _emit(call: OpaqueCall, index: int, values: list[Any], known: InputSizes) -> Any:
+    """Put `surgery::opaque` into the trace, and give its results the form that the module's have."""
+    operands = [value for value in values if isinstance(value, Tensor)]
+    numbers = [value for value in values if isinstance(value, torch.SymInt)]
+    tensors = call.results.tensors
+    sizes = [known.size(expr) for tensor in tensors for expr in tensor.shape]
+    made = torch.ops.surgery.opaque(
+        operands,
+        index,
+        numbers,
+        sizes,
+        [len(tensor.shape) for tensor in tensors],
+        [tensor.dtype for tensor in tensors],
+        tensors[0].device,
+    )
+    remaining = iter(made)
+    leaves = [next(remaining) if isinstance(leaf, Result) else leaf for leaf in call.results.leaves]
+    return pytree.tree_unflatten(leaves, call.results.spec)
+
+
+def make_runner(call: OpaqueCall) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of a rewritten graph that calls the module: `run(module, *operands and numbers, sizes)`.
+
+    Its results must have the learnt `sizes`: where they follow data, or anything else, `InputError` is raised.
+    """
+    spec, template = call.arguments.spec, call.arguments.leaves
+    ndims = [len(tensor.shape) for tensor in call.results.tensors]
+
+    def run(module: nn.Module, *values: Any, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        remaining = iter(values)
+        leaves = [next(remaining) if isinstance(leaf, (Operand, Number)) else leaf for leaf in template]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        made = tuple(x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor))
+        found, expected = [list(x.shape) for x in made], split_sizes(sizes, ndims)
+        if found != expected:
+            raise InputError(
+                f"{call.path} returned tensors of sizes {found}. Expected {expected}, as in the runs "
+                "that they were learnt from. Its sizes depend on more than its inputs' sizes: call restore(model)."
+            )
+        return made
+
+    run.__name__ = run.__qualname__ = call.module_class
+    return run

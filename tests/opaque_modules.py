@@ -1,0 +1,154 @@
+"""Modules that no trace can follow for any length, planted into a small model in an MLP's place, or around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from tests.zoo import make_model
+
+WIDTH = 64
+
+
+class Loop(nn.Module):
+    """A recurrence, token by token."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.decay = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = self.decay * state + x[:, t]
+            states.append(state)
+        output: Tensor = self.inner(torch.stack(states, dim=1))
+        return output
+
+
+class Branching(Loop):
+    """Looks at the values, of all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x * self.decay if x.amax().item() > 0 else x + self.decay
+        output: Tensor = self.inner(scaled)
+        return output
+
+
+class Pair(nn.Module):
+    """Tensors by keyword alone, a tuple with None in it, results of one number a token and of one a sequence."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.loop = Loop(inner)
+
+    def forward(
+        self, *, x: Tensor, scale: Tensor, gates: tuple[Tensor, None]
+    ) -> tuple[Tensor, None, dict[str, Tensor]]:
+        flat = x.flatten(0, 1)
+        for _ in range(int(x.shape[1]) // 16):
+            flat = flat * 1.5
+        mixed = self.loop(flat.view_as(x) * gates[0])
+        return mixed * scale, None, {"token": mixed.mean(-1), "sequence": mixed.mean(1)}
+
+
+class AroundPair(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.pair = Pair(inner)
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed, nothing, extra = self.pair(x=x, scale=self.scale, gates=(x.sigmoid(), None))
+        assert nothing is None
+        output: Tensor = mixed + extra["token"][..., None] + extra["sequence"][:, None] * x
+        return output
+
+
+class Rounding(Function):
+    """The gradient of the identity through a step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x * 4).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class StraightThrough(Loop):
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(Rounding.apply(x) * self.decay)  # type: ignore[no-untyped-call]
+        return output
+
+
+class Clipping(Function):
+    """The identity, whose gradient is cut off: not linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].clamp(-1, 1)
+
+
+class Clipped(Loop):
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(Clipping.apply(x))  # type: ignore[no-untyped-call]
+        return output
+
+
+class Remembering(Loop):
+    """Starts from where the last call ended."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x[:, 0] if self.state is None else self.state[: len(x)] + x[:, 0]
+        for t in range(x.shape[1]):
+            state = state * 0.5 + x[:, t]
+        self.state = state.detach()
+        output: Tensor = self.inner(x + state[:, None])
+        return output
+
+
+class Overwriting(Loop):
+    """Writes to what it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = super().forward(x)
+        x.zero_()
+        return output
+
+
+class Halving(Loop):
+    """Returns half the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, : x.shape[1] // 2]
+
+
+EXACT: tuple[type[nn.Module], ...] = (Loop, Branching, AroundPair, StraightThrough)
+REFUSED: dict[type[nn.Module], str] = {
+    Clipped: "not linear",
+    Remembering: "keeps state from call to call",
+    Overwriting: "writes to its inputs",
+}
+
+
+def make_opaque(module_class: type[nn.Module], **changes: Any) -> Any:
+    """A Llama with such a module around the MLP of its first layer."""
+    model = make_model("llama", **changes)
+    torch.manual_seed(2)
+    layer = model.model.layers[0]
+    layer.mlp = module_class(layer.mlp)
+    return model
