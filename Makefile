@@ -35,6 +35,7 @@ examples: $(INSTALLED) demo
 	$(TORCHRUN) examples/quickstart.py
 	$(TORCHRUN) examples/compile_model.py
 	$(TORCHRUN) examples/migrate_from_deepspeed.py
+	$(TORCHRUN) examples/deepspeed_zero.py
 
 sweep: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m surgery sweep $(ARGS)

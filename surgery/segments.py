@@ -154,9 +154,8 @@ class _Cutter:
         inputs = [source for source in sources if source.op != "get_attr"]
         results = [node for node in members if any(user not in inside for user in node.users)]
         name = f"{segment.path.replace('.', '_')}_{segment.start}"
-        function = self.compile_graph(
-            self.build(segment, inputs, results[0] if len(results) == 1 else tuple(results)), name
-        )
+        returned = results[0] if len(results) == 1 else tuple(results)
+        function = self.compile_graph(self.build(segment, inputs, returned), name)
         call = body.call_function(
             self._runner(segment, function, inputs, name),
             (body.get_attr("surgery.model"), *(_lookup(body, values, source) for source in inputs)),
@@ -173,6 +172,8 @@ class _Cutter:
             function = in_module(segment.path, function, [isinstance(x.meta.get("val"), Tensor) for x in inputs])
         if segment.path in self.cuts.checkpointed:
             function = recomputed(function)
+        if segment.path in self.cuts.hooked:
+            function = torch.compiler.disable(function)  # hooks run as they are, and so does what is between them
         function.__name__ = function.__qualname__ = name
         return function
 

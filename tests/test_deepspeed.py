@@ -130,6 +130,7 @@ def _prove(stage: int, sp_size: int, is_checkpointed: bool = False, **config: An
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_trains_to_the_unsharded_weights(world: tuple[RankPool, int], stage: int) -> None:
     pool, sp_size = world
