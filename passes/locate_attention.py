@@ -74,23 +74,26 @@ def _site(node: fx.Node, context: Context) -> Site:
         head_size=int(query.shape[3]),
         value_head_size=int(value.shape[3]),
         element_size_bytes=query.element_size(),
-        mask=read_mask(given["mask"], context, is_causal=given["is_causal"]),
+        mask=read_mask(node, context),
         call=context.calls[given["call"]] if given["call"] is not None else None,
     )
 
 
-def read_mask(mask: fx.Node | None, context: Context, *, is_causal: bool) -> Mask | None:
+def read_mask(call: fx.Node, context: Context) -> Mask | None:
     """The description of an attention call's mask, or None where the model built the tensor itself."""
+    given = bind_arguments(call)
+    mask, record = given["mask"], context.calls[given["call"]] if given["call"] is not None else None
+    kernel_window = record.window if record is not None else None
     if mask is None:
-        return Mask(is_causal)
+        return Mask(given["is_causal"], kernel_window)
     if mask.target is not MASK:
         return None
     given = bind_arguments(mask)
     if given["drawn"] is not None or (given["maker"] is not None and context.masks[given["maker"]].lifted is not None):
         return None
     names = {name: given[name].name if given[name] is not None else None for name in ("padding", "documents", "blocks")}
-    sizes = {name: given[name] for name in ("window", "reach", "chunk_size")}
-    return Mask(given["is_causal"], **sizes, **names)
+    sizes = {name: given[name] for name in ("reach", "chunk_size")}
+    return Mask(given["is_causal"], kernel_window or given["window"], **sizes, **names)
 
 
 def check_extras(site: Site) -> None:

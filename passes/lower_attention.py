@@ -21,7 +21,7 @@ from surgery.implementations import registered, sdpa, written_out
 from surgery.mask_making import TORCH_SDPA, mask_maker
 from surgery.metadata import Context, Site
 from surgery.pipeline import PassResult
-from surgery.recording import TENSOR_MASKS
+from surgery.recorded import TENSOR_MASKS
 from surgery.rules.call import bind_arguments
 
 CONSTANTS = (fx.Node, str, int, float, bool, type(None), torch.dtype, torch.device)

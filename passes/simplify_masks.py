@@ -49,8 +49,7 @@ class SimplifyMasks:
             node.update_arg(3, None)
             node.update_arg(6, bind_arguments(mask)["is_causal"])
         for site in context.sites:
-            given = bind_arguments(site.node)
-            site.mask = read_mask(given["mask"], context, is_causal=given["is_causal"])
+            site.mask = read_mask(site.node, context)
         return PassResult(len(trivial) + len(plain))
 
 

@@ -27,7 +27,8 @@ from surgery.errors import CaptureError
 from surgery.metadata import Skip
 from surgery.opaque import InputSizes, OpaqueCall, OpaqueModules
 from surgery.private import UserError, export_patches, functionalized, refused_specialization
-from surgery.recording import RecordedCall, RecordedMask, Recording, recorded_attention
+from surgery.recorded import RecordedCall, RecordedMask, Recording
+from surgery.recording import recorded_attention
 from surgery.shapes import to_expr
 from surgery.signature import SEQUENCE_INPUTS, Signature, TensorInput
 from surgery.stand_ins import as_unsharded

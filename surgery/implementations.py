@@ -23,7 +23,7 @@ from surgery.errors import CaptureError, InputError
 from surgery.own_heads import HeadView, OwnHeads
 from surgery.private import flex_heads_from
 from surgery.randomness import rank_stream
-from surgery.recording import RecordedCall
+from surgery.recorded import RecordedCall
 
 Implementation = Callable[..., Tensor]
 TRUSTED_PACKAGE = "transformers."
@@ -33,7 +33,7 @@ LENGTHS = ("max_length_q", "max_length_k")
 def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
     """The registered function of `call` on this rank's heads; `hidden` are keywords that a graph cannot hold.
 
-    Where no mask stands for a pattern, and the function would take it for another one, it is told `is_causal`. What a
+    Where a mask turns out to be None, an `is_causal` that the model worked out from a mask is set right. What a
     function gives to flex attention may go by the index of a head, and sees the one that the head has in the model.
     """
 
@@ -50,7 +50,7 @@ def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
     ) -> Tensor:
         heads = own_heads(call, query.shape[1], key.shape[1], axis)
         given = _with_numbers(heads.cut_keywords({**keywords, **hidden}))
-        if mask is None and _taken_for_causal(module, given) != is_causal:
+        if mask is None and given.get("is_causal") is not None:
             given["is_causal"] = is_causal
         with _dropout_stream(given.get("dropout") or 0.0, axis.rank, query.device), _flex_heads(call, heads):
             result = call.function(HeadView(module, heads), query, key, value, heads.cut_mask(mask), **given)
@@ -81,11 +81,6 @@ def _with_numbers(keywords: dict[str, Any]) -> dict[str, Any]:
         return keywords
     lengths = {name: keywords[name] for name in LENGTHS if isinstance(keywords.get(name), Tensor)}
     return {**keywords, **{name: int(length) for name, length in lengths.items()}}
-
-
-def _taken_for_causal(module: nn.Module, keywords: dict[str, Any]) -> bool:
-    given = keywords.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def _checked(result: Any, query: Tensor, call: RecordedCall) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.masking_utils import and_masks, flex_attention_mask, padding_m
 
 from surgery.closures import fill
 from surgery.masks import MaskFunction, Pattern, write_mask_function
-from surgery.recording import RecordedMask
+from surgery.recorded import RecordedMask
 
 TORCH_SDPA = RecordedMask("sdpa", sdpa_mask, {})
 """What draws a mask that was described by hand, for no implementation in particular."""

@@ -14,7 +14,7 @@ from torch import fx
 from surgery.collectives import Axis
 from surgery.opaque import OpaqueCall
 from surgery.placement import REPLICATED, Placement
-from surgery.recording import RecordedCall, RecordedMask
+from surgery.recorded import RecordedCall, RecordedMask
 from surgery.rules.call import Step
 from surgery.shapes import Lengths
 

@@ -31,7 +31,7 @@ from surgery.printing import GraphPrintout, make_printout
 from surgery.private import GroupName
 from surgery.program import Program, build_program, relink
 from surgery.recipe import SEQUENCE_PARALLEL
-from surgery.recording import DOCUMENT_ENDS
+from surgery.recorded import DOCUMENT_ENDS
 from surgery.report import Report, make_report
 from surgery.segments import Cuts
 from surgery.sharded_inputs import assemble, gather_slices

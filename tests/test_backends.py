@@ -42,6 +42,7 @@ BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: make_batch(2, 32),
     "right": lambda: padded("right"),
     "left": lambda: padded("left"),
+    "ones": lambda: {**make_batch(2, 32), "attention_mask": torch.ones(2, 32, dtype=torch.long)},
     "packed": packed,
     "ends": with_ends,
 }
@@ -66,7 +67,7 @@ def assert_flash(results: list[Any], function: str) -> None:
 @pytest.mark.parametrize("kind", BATCHES)
 def test_flash(pair: RankPool, kind: str) -> None:
     results = pair.run(prove_flash, "llama", 2, "flash_attention_2", BATCHES[kind]())
-    assert_flash(results, "dense" if kind == "causal" else "varlen")
+    assert_flash(results, "dense" if kind in ("causal", "ones") else "varlen")
 
 
 @pytest.mark.parametrize("version", ["flash_attention_3", "flash_attention_4"])

@@ -30,7 +30,7 @@ from surgery import private
 from surgery.capture import capture
 from surgery.engines import hooks_of, is_engine_function, original_class
 from surgery.private import intercepted_lookup
-from surgery.recording import record_mask
+from surgery.recording_masks import record_mask
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
 from surgery.signature import bind_call, describe_tensors
 from tests.ranks import RankPool
