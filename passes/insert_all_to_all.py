@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from surgery.collectives import exchange_to_heads, exchange_to_sequence
+from surgery.exchange import exchange_to_heads, exchange_to_sequence
 from surgery.metadata import KEY, Context, NodeFacts, Site, Skip, facts_of
 from surgery.pipeline import PassResult
 from surgery.placement import HeadSharded, Sharded
@@ -54,7 +54,7 @@ def exchange(graph: fx.Graph, site: Site, context: Context) -> None:
     packed.meta[KEY] = NodeFacts((HeadSharded(),) * TOKENS, "exchange")
     call.args = (*heads, *call.args[TOKENS:])
     with graph.inserting_after(call):
-        output = graph.call_function(exchange_to_sequence, (call,), {"axis": context.axis})
+        output = graph.call_function(exchange_to_sequence, (call, site.num_heads), {"axis": context.axis})
     call.replace_all_uses_with(output, delete_user_cb=lambda user: user is not output)
     output.meta = {**call.meta, KEY: NodeFacts(facts_of(call).placements, "exchange")}
     call.meta[KEY] = NodeFacts((HeadSharded(),), "attention")

@@ -1,4 +1,4 @@
-"""Find the attention calls and what each may see; decide, before anything is changed, whether their heads divide.
+"""Find the attention calls and what each may see.
 
 surgery::attention(q, k, v, mask)               -> a site, its mask read from surgery::attention_mask
 aten::scaled_dot_product_attention(q, k, v)     -> surgery::attention(q, k, v), for models that call it themselves
@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from surgery.errors import ConfigurationError, UnsupportedOperationError
+from surgery.errors import UnsupportedOperationError
 from surgery.metadata import Context, Mask, Site, module_path, source_line, where
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments
@@ -34,7 +34,6 @@ class LocateAttention:
             adopt(graph, node)
         context.sites = find_sites(graph, context)
         for site in context.sites:
-            check_heads(site, context.axis.size)
             check_extras(site)
         if context.has_document_ends:
             check_documents(graph, context.sites)
@@ -118,29 +117,3 @@ def check_documents(graph: fx.Graph, sites: list[Site]) -> None:
             "transformers' masking_utils, or an attention function that reads it. Pass position_ids that start again "
             "with each document, or a mask [B, 1, S, S]."
         )
-
-
-def check_heads(site: Site, sp_size: int) -> None:
-    """Refuse head counts that an even exchange cannot spread over the ranks."""
-    place = site.module_path or site.source_line
-    if site.num_heads % sp_size:
-        fitting = [n for n in range(1, site.num_heads + 1) if site.num_heads % n == 0 and _kv_fit(site.num_kv_heads, n)]
-        raise ConfigurationError(
-            f"locate-attention: {site.num_heads} heads do not divide over {sp_size} ranks at {place}. "
-            f"Use sp_size {_choice(fitting)}."
-        )
-    if not _kv_fit(site.num_kv_heads, sp_size):
-        fitting = [n for n in range(1, site.num_heads + 1) if site.num_heads % n == 0 and _kv_fit(site.num_kv_heads, n)]
-        raise ConfigurationError(
-            f"locate-attention: {site.num_kv_heads} key/value heads do not divide over {sp_size} ranks, nor the ranks "
-            f"over them, at {place}. Use sp_size {_choice(fitting)}."
-        )
-
-
-def _kv_fit(num_kv_heads: int, sp_size: int) -> bool:
-    return num_kv_heads % sp_size == 0 or sp_size % num_kv_heads == 0
-
-
-def _choice(numbers: list[int]) -> str:
-    *most, last = (str(number) for number in numbers)
-    return f"{', '.join(most)} or {last}" if most else last

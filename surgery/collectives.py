@@ -1,10 +1,12 @@
-"""The functions that a rewritten graph calls: conversions between placements, and the exchange around attention.
+"""The functions that a rewritten graph calls: conversions between placements, and losses on shards.
 
 They are plain tensor code around functional collectives, so that `torch.compile` sees and fuses the packing.
 Cotangents are partial: every rank's backward computes an addend of the gradient. Then these pairs are adjoint, forward
 / backward:
 
-    shard / zero-pad        gather / reduce-scatter        all-reduce / all-reduce        all-to-all / all-to-all
+    shard / zero-pad        gather / reduce-scatter        all-reduce / all-reduce
+
+The exchange around attention, whose adjoint is an exchange, is in `surgery/exchange.py`.
 
 Letters: B batch, N heads, S sequence, H head size, P sequence-parallel ranks, F packed features.
 """
@@ -28,7 +30,7 @@ def shard(x: Tensor, dim: int, outer: int, inner: int, axis: Axis) -> Tensor:
     """Take this rank's run of the sequence: `[..., outer * S * inner, ...] -> [..., outer * S/P * inner, ...]`."""
     if outer == 1 and inner == 1:
         return _own_run(x, dim, axis)
-    return _own_run(_split_dim(x, dim, (outer, -1, inner)), dim + 1, axis).flatten(dim, dim + 2)
+    return _own_run(split_dim(x, dim, (outer, -1, inner)), dim + 1, axis).flatten(dim, dim + 2)
 
 
 def _own_run(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -38,7 +40,7 @@ def _own_run(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 def gather(x: Tensor, dim: int, outer: int, inner: int, length: int, axis: Axis) -> Tensor:
     """Make a sequence of S tokens whole: `[..., outer * S/P * inner, ...] -> [..., outer * S * inner, ...]`."""
-    split = _split_dim(x, dim, (outer, local_length(length, axis), inner)).movedim(dim + 1, 0)
+    split = split_dim(x, dim, (outer, local_length(length, axis), inner)).movedim(dim + 1, 0)
     whole = gather_runs(split, run_lengths(length, axis.size), axis)
     return whole.movedim(0, dim + 1).flatten(dim, dim + 2)
 
@@ -111,52 +113,7 @@ def _label_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> T
     return torch.where(counted, weight[labels.clamp(min=0)], 0).sum()
 
 
-def exchange_to_heads(
-    query: Tensor, key: Tensor, value: Tensor, length: int, axis: Axis
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Trade sequence shards for head shards, in one all-to-all.
-
-        query       [B, N,  S/P, H] -> [B, N/P, S, H]
-        key, value  [B, Nk, S/P, H] -> [B, max(Nk/P, 1), S, H]
-
-    Packed as [P, S/P, B, F]: what arrives is [S, B, F] already in order, so that taking it apart is a view. Where Nk <
-    P, a key or value head travels once to each rank whose queries need it, and never twice to one.
-    """
-    parts = [_by_destination(x, axis.size) for x in (query, key, value)]
-    packed = torch.cat([part.flatten(3) for part in parts], dim=-1)
-    own = [query.shape[2]] * axis.size
-    received = all_to_all_runs(packed.flatten(0, 1), own, run_lengths(length, axis.size), axis.group_name)
-    pieces = received.split([part.shape[3] * part.shape[4] for part in parts], dim=-1)
-    heads = [
-        _split_dim(piece, 2, tuple(part.shape[3:])).permute(1, 2, 0, 3)
-        for piece, part in zip(pieces, parts, strict=True)
-    ]
-    return heads[0], heads[1], heads[2]
-
-
-def _by_destination(x: Tensor, size: int) -> Tensor:
-    """`[B, N, S/P, H] -> [P, S/P, B, heads per rank, H]`, the heads for rank p at index p."""
-    num_heads = x.shape[1]
-    if num_heads % size == 0:
-        return _split_dim(x, 1, (size, num_heads // size)).permute(1, 3, 0, 2, 4)
-    copies = x.unsqueeze(2).expand(-1, -1, size // num_heads, -1, -1)
-    return copies.flatten(1, 2).unsqueeze(2).permute(1, 3, 0, 2, 4)
-
-
-def exchange_to_sequence(output: Tensor, axis: Axis) -> Tensor:
-    """Trade head shards back for sequence shards: `[B, N/P, S, H] -> [B, N, S/P, H]`.
-
-    The result is a transposed view of a contiguous [B, S/P, N, H], the layout the output projection reads.
-    """
-    num_heads, length, head_size = output.shape[1:]
-    packed = output.permute(2, 0, 1, 3).flatten(2).contiguous()
-    own = [local_length(length, axis)] * axis.size
-    received = all_to_all_runs(packed, run_lengths(length, axis.size), own, axis.group_name)
-    split = _split_dim(_split_dim(received, 2, (num_heads, head_size)), 0, (axis.size, own[0]))
-    return split.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
-
-
-def _split_dim(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+def split_dim(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     """`unflatten` in terms of `view`: Dynamo cannot trace the former inside `with torch.device(...)`."""
     return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 

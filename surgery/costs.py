@@ -18,7 +18,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from surgery import collectives
+from surgery import collectives, exchange
+from surgery.head_plan import HeadPlan
 from surgery.notation import BATCH, LENGTH, Notation, notation_of, spell
 from surgery.program import Program
 from surgery.shapes import product, shape_of
@@ -26,11 +27,15 @@ from surgery.shapes import product, shape_of
 Direction = Literal["forward", "backward"]
 
 DETACH = torch.ops.aten.detach.default
+EXCHANGES = (exchange.exchange_to_heads, exchange.exchange_to_sequence)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A collective and its adjoint. For each byte of the whole value one rank sends `sent` times (P-1)/P bytes."""
+    """A collective and its adjoint. For each byte of the whole value one rank sends `sent` times (P-1)/P bytes.
+
+    What an exchange sends follows from its heads instead.
+    """
 
     forward: str
     backward: str
@@ -74,8 +79,7 @@ def find_collectives(program: Program) -> Iterator[Collective]:
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in kinds:
             kind = kinds[node.target]
-            values = node.meta["val"] if isinstance(node.meta["val"], tuple) else (node.meta["val"],)
-            size = sum(_sent(node, value, kind, notation) for value in values)
+            size = _sent(node, kind, notation)
             yield Collective(kind.forward, "forward", size)
             if node in differentiable:
                 yield Collective(kind.backward, "backward", size)
@@ -96,19 +100,30 @@ def find_differentiable(graph: fx.Graph) -> set[fx.Node]:
 
 def _kinds(sp_size: int) -> dict[Any, Kind]:
     return {
-        collectives.exchange_to_heads: Kind("all-to-all", "all-to-all", sympy.Rational(1, sp_size)),
-        collectives.exchange_to_sequence: Kind("all-to-all", "all-to-all", sympy.Rational(1, sp_size)),
+        exchange.exchange_to_heads: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
+        exchange.exchange_to_sequence: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
         collectives.gather: Kind("all-gather", "reduce-scatter", sympy.Integer(1)),
         collectives.all_reduce: Kind("all-reduce", "all-reduce", sympy.Integer(2)),
     }
 
 
-def _sent(node: fx.Node, value: Tensor, kind: Kind, notation: Notation) -> sympy.Expr:
-    """The bytes one rank sends of `value`. A key or value head goes to each of the P/Nk ranks that need it."""
+def _sent(node: fx.Node, kind: Kind, notation: Notation) -> sympy.Expr:
+    """The bytes one rank sends, the busiest where an exchange gives some more heads than others."""
+    if node.target in EXCHANGES:
+        return _exchanged(node, notation)
+    value = node.meta["val"]
     size = notation.letters(product(shape_of(value))) * value.element_size()
-    is_shared = node.target is collectives.exchange_to_heads and value.shape[1] < notation.sp_size
-    copies = notation.sp_size // int(value.shape[1]) if is_shared else 1
-    return size * copies * kind.sent * sympy.Rational(notation.sp_size - 1, notation.sp_size)
+    return size * kind.sent * sympy.Rational(notation.sp_size - 1, notation.sp_size)
+
+
+def _exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
+    value = node.meta["val"]
+    is_first = node.target is exchange.exchange_to_heads
+    query, key, output = value if is_first else (value, value, value)
+    plan = HeadPlan(int(query.shape[1]), int(key.shape[1]), notation.sp_size)
+    sizes = plan.most_bytes_per_token(int(query.shape[3]), int(output.shape[3]), query.element_size())
+    tokens = notation.letters(shape_of(query)[0] * shape_of(query)[2]) / notation.sp_size
+    return tokens * sizes[0 if is_first else 1]
 
 
 def _total(group: list[Collective], sp_size: int) -> Traffic:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.flex_attention import flex_attention_forward
 
+from surgery.axis import first_token
 from surgery.collectives import Axis
 from surgery.errors import CaptureError, InputError
 from surgery.own_heads import HeadView, OwnHeads
@@ -48,6 +49,8 @@ def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
         is_causal: bool,
         axis: Axis,
     ) -> Tensor:
+        if query.shape[1] == 0:
+            return without_heads(query, key, value)
         heads = own_heads(call, query.shape[1], key.shape[1], axis)
         given = _with_numbers(heads.cut_keywords({**keywords, **hidden}))
         if mask is None and given.get("is_causal") is not None:
@@ -62,7 +65,7 @@ def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
 
 def own_heads(call: RecordedCall, count: int, kv_count: int, axis: Axis) -> OwnHeads:
     """The heads that this rank attends with, of those of `call`."""
-    first = axis.rank * count if count != call.num_heads else 0
+    first = first_token(call.num_heads, axis.rank, axis.size) if count != call.num_heads else 0
     return OwnHeads(first, count, kv_count, call.num_heads, call.num_kv_heads)
 
 
@@ -109,6 +112,8 @@ def sdpa(
 
     As in transformers, grouped heads go to the kernel as they are without a mask, and repeated with one.
     """
+    if query.shape[1] == 0:
+        return without_heads(query, key, value)
     num_groups = query.shape[1] // key.shape[1]
     mask = _of_own_heads(mask, query.shape[1], axis)
     if mask is not None and num_groups > 1:
@@ -143,6 +148,8 @@ def written_out(
 
     Builds the scores [B, N/P, S, S] of this rank's heads, as the model's own eager attention does for all heads.
     """
+    if query.shape[1] == 0:
+        return without_heads(query, key, value)
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -154,11 +161,16 @@ def written_out(
         return F.dropout(shares, dropout, dropout > 0.0) @ value
 
 
+def without_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What a rank attends to that has no heads: nothing, [B, 0, S, H]; gradients pass, as the others wait for them."""
+    return query @ key.transpose(2, 3) @ value
+
+
 def _of_own_heads(mask: Tensor | None, num_heads: int, axis: Axis) -> Tensor | None:
     """A mask for each head, [B, N, S, S], cut to this rank's; one that heads share, [B, 1, S, S], as it is."""
     if mask is None or mask.shape[1] in (1, num_heads):
         return mask
-    return mask.narrow(1, axis.rank * num_heads, num_heads)
+    return mask.narrow(1, first_token(mask.shape[1], axis.rank, axis.size), num_heads)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -174,8 +186,8 @@ def _softmax_with_sinks(scores: Tensor, sinks: Tensor | None, axis: Axis) -> Ten
     """Softmax over the keys; `sinks` [N] of all heads take their share of it, those of this rank's heads."""
     if sinks is None:
         return scores.softmax(-1, dtype=_at_least_float32(scores.dtype))
-    num_heads = scores.shape[1]
-    own = sinks.narrow(0, axis.rank * num_heads, num_heads).view(1, -1, 1, 1)
+    first = first_token(sinks.shape[0], axis.rank, axis.size)
+    own = sinks.narrow(0, first, scores.shape[1]).view(1, -1, 1, 1)
     whole = torch.cat([scores, own.to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], -1)], dim=-1)
     return whole.softmax(-1, dtype=_at_least_float32(scores.dtype))[..., :-1]
 

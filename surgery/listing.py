@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery import collectives
+from surgery import collectives, exchange
 from surgery.layers import split_path
 from surgery.metadata import facts_of, module_class, module_path, source_line
 from surgery.notation import Notation, short_dtype
 
 MARKS: dict[Any, str] = {
-    collectives.exchange_to_heads: "exchange",
-    collectives.exchange_to_sequence: "exchange",
+    exchange.exchange_to_heads: "exchange",
+    exchange.exchange_to_sequence: "exchange",
     collectives.shard: "shard",
     collectives.gather: "gather",
     collectives.all_reduce: "all-reduce",

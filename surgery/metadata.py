@@ -12,6 +12,7 @@ import sympy
 from torch import fx
 
 from surgery.collectives import Axis
+from surgery.head_plan import HeadPlan
 from surgery.opaque import OpaqueCall
 from surgery.placement import REPLICATED, Placement
 from surgery.recorded import RecordedCall, RecordedMask
@@ -94,14 +95,14 @@ class Site:
         """The name of what runs: what the model asks for, or sdpa where the model calls that itself."""
         return self.call.implementation if self.call is not None else "sdpa"
 
-    def heads_per_rank(self, sp_size: int) -> tuple[int, int]:
-        return self.num_heads // sp_size, max(self.num_kv_heads // sp_size, 1)
+    def plan(self, sp_size: int) -> HeadPlan:
+        """Which rank attends with which heads."""
+        return HeadPlan(self.num_heads, self.num_kv_heads, sp_size)
 
     def bytes_per_token(self, sp_size: int) -> int:
-        """Bytes that one rank sends forward for each token it holds; backward sends as many again."""
-        heads, kv_heads = self.heads_per_rank(sp_size)
-        features = heads * (self.head_size + self.value_head_size) + kv_heads * (self.head_size + self.value_head_size)
-        return (sp_size - 1) * features * self.element_size_bytes
+        """Bytes that the busiest rank sends forward for each token it holds; backward sends as many again."""
+        plan = self.plan(sp_size)
+        return sum(plan.most_bytes_per_token(self.head_size, self.value_head_size, self.element_size_bytes))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from surgery.placement import HeadSharded, Placement, Sharded
 from surgery.shapes import shape_of, to_expr
 
 BATCH, LENGTH, RANKS = sympy.symbols("B S P", positive=True, integer=True)
-HIDDEN = frozenset({"axis", "device", "layout", "length", "pin_memory"})
+HIDDEN = frozenset({"axis", "device", "layout", "length", "num_heads", "pin_memory"})
 DEFAULTS = {"dropout": 0.0, "inner": 1, "outer": 1}
 LAST_INDEX = torch.iinfo(torch.int64).max
 DTYPES = {

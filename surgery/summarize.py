@@ -81,7 +81,8 @@ def _lengths(surgery: ModelSurgery, program: Program | None) -> str:
 
 def _site_row(site: Site, context: Context, bypass: str | None) -> SiteRow:
     sp_size = context.axis.size
-    heads, kv_heads = site.heads_per_rank(sp_size)
+    plan = site.plan(sp_size)
+    heads, kv_heads = ([len(own(rank)) for rank in range(sp_size)] for own in (plan.heads, plan.kv_heads))
     is_exchanged = isinstance(facts_of(site.node).placement, HeadSharded)
     skipped = "bypassed: its tokens are whole on every rank"
     size = site.bytes_per_token(sp_size) if is_exchanged else 0
@@ -90,8 +91,10 @@ def _site_row(site: Site, context: Context, bypass: str | None) -> SiteRow:
         source_line=site.source_line,
         num_heads=site.num_heads,
         num_kv_heads=site.num_kv_heads,
-        heads_per_rank=heads if is_exchanged else site.num_heads,
-        kv_heads_per_rank=kv_heads if is_exchanged else site.num_kv_heads,
+        fewest_heads_per_rank=min(heads) if is_exchanged else site.num_heads,
+        heads_per_rank=max(heads) if is_exchanged else site.num_heads,
+        fewest_kv_heads_per_rank=min(kv_heads) if is_exchanged else site.num_kv_heads,
+        kv_heads_per_rank=max(kv_heads) if is_exchanged else site.num_kv_heads,
         implementation=site.implementation,
         mask=str(site.mask) if site.mask is not None else "the model's own tensor",
         forward_bytes_per_token=size,

@@ -32,13 +32,15 @@ class Header:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One attention call; heads are those of one rank, bytes are sent by one rank for each token it holds."""
+    """One attention call; heads are the most that one rank has (and the fewest), bytes what it sends for each token."""
 
     path: str
     source_line: str
     num_heads: int
     num_kv_heads: int
+    fewest_heads_per_rank: int
     heads_per_rank: int
+    fewest_kv_heads_per_rank: int
     kv_heads_per_rank: int
     implementation: str
     mask: str

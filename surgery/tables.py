@@ -36,13 +36,17 @@ def attention(summary: Summary) -> Shown:
         _add(
             table,
             Text.assemble(row.path, (times, "bold blue"), (f"\n  {site.source_line}", "dim")),
-            f"{site.heads_per_rank} of {site.num_heads}",
-            f"{site.kv_heads_per_rank} of {site.num_kv_heads}",
+            f"{_range(site.fewest_heads_per_rank, site.heads_per_rank)} of {site.num_heads}",
+            f"{_range(site.fewest_kv_heads_per_rank, site.kv_heads_per_rank)} of {site.num_kv_heads}",
             f"{site.implementation}\n{site.mask}",
             f"{site.forward_bytes_per_token:,} + {site.backward_bytes_per_token:,}",
             site.status,
         )
     yield table
+
+
+def _range(fewest: int, most: int) -> str:
+    return f"{fewest}-{most}" if fewest < most else str(most)
 
 
 def cost(summary: Summary) -> Shown:

@@ -8,7 +8,7 @@ Autograd sees one program: what the ranks' backwards leave in a shared input is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +17,13 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from surgery import collectives
+from surgery import collectives, exchange
 from surgery.collectives import Axis
 from surgery.private import GroupName
 
 TIMEOUT_S = 60
-COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", "all_to_all_runs")
+ALL_TO_ALL = "all_to_all_runs"
+COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", ALL_TO_ALL)
 
 
 def run_ranks(graph: fx.Graph, size: int, inputs: tuple[Tensor, ...]) -> list[Any]:
@@ -64,9 +65,9 @@ class _Meeting:
     def all_reduce_sum(self, x: Tensor, group_name: str) -> Tensor:
         return torch.stack(self.swap(x)).sum(0)
 
-    def all_to_all_runs(self, x: Tensor, sent: list[int], received: list[int], group_name: str) -> Tensor:
-        pieces = [theirs[self.own.rank] for theirs in self.swap(x.split(sent))]
-        assert [len(piece) for piece in pieces] == received
+    def all_to_all_runs(self, x: Tensor, sent: Sequence[int], received: Sequence[int], group_name: str) -> Tensor:
+        pieces = [theirs[self.own.rank] for theirs in self.swap(x.split(list(sent)))]
+        assert [len(piece) for piece in pieces] == list(received)
         return torch.cat(pieces)
 
     def attend(self, rank: int, function: Callable[[Axis], Any]) -> Any:
@@ -92,5 +93,5 @@ def simulated_ranks(size: int) -> Iterator[Callable[[Callable[[Axis], Any]], lis
         return [future.result() for future in futures]
 
     simulated = {name: getattr(meeting, name) for name in COLLECTIVES}
-    with mock.patch.multiple(collectives, **simulated):
+    with mock.patch.multiple(collectives, **simulated), mock.patch.object(exchange, ALL_TO_ALL, simulated[ALL_TO_ALL]):
         yield run

@@ -23,8 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery.api import transform
 from surgery.checks import how_to_launch
-from surgery.collectives import Axis, exchange_to_heads, exchange_to_sequence
+from surgery.collectives import Axis
 from surgery.errors import ConfigurationError, InputError, LaunchError
+from surgery.exchange import exchange_to_heads, exchange_to_sequence
 from surgery.mesh import make_mesh
 from surgery.options import Options
 from surgery.randomness import rank_stream
@@ -108,7 +109,7 @@ class UlyssesSPAttentionHF(nn.Module):
         ):
             output, _ = self.attn(module, own_query, own_key, own_value, mask, *args, **kwargs)
         by_heads = output.reshape(*own_query.shape[:1], own_query.shape[2], own_query.shape[1], -1).transpose(1, 2)
-        return exchange_to_sequence(by_heads, self.axis).transpose(1, 2).flatten(2), None
+        return exchange_to_sequence(by_heads, self.attn_head_count, self.axis).transpose(1, 2).flatten(2), None
 
     def _check_construction(self) -> None:
         heads, kv_heads, size = self.attn_head_count, self.kv_head_count, self.axis.size
