@@ -40,7 +40,7 @@ def transform(
 
     Args:
         model: the model, or a hub name or local path to load a causal language model from.
-        sp_size: ranks that share a sequence. Attention heads must divide by it.
+        sp_size: ranks that share a sequence; any number of them, whatever the heads and lengths.
         mesh: a `DeviceMesh` with a dimension "sp", "dp" for data parallelism, and any others. By default one is made
             of the whole world, the sp ranks of a sequence side by side.
         mpu: process groups of your own instead: an object with `get_sequence_parallel_group()`, and

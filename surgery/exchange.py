@@ -41,7 +41,7 @@ def _exchange_even_heads(tokens: Tokens, length: int, plan: HeadPlan, axis: Axis
     packed = torch.cat([part.flatten(3) for part in parts], dim=-1)
     sent = [packed.shape[1]] * axis.size
     received = all_to_all_runs(packed.flatten(0, 1), sent, run_lengths(length, axis.size), axis.group_name)
-    return _taken_apart(received, [tuple(part.shape[3:]) for part in parts])
+    return _taken_apart(received, [(part.shape[3], part.shape[4]) for part in parts])
 
 
 def _by_destination(x: Tensor, size: int) -> Tensor:

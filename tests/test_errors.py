@@ -55,19 +55,6 @@ def test_options(options: dict[str, Any], words: str) -> None:
         transform(make_model("llama"), 4, **options)
 
 
-def test_heads_that_do_not_divide() -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"8 heads do not divide over 3 ranks at model\.layers\.0\.self_attn.*1, 2, 4 or 8"
-    ):
-        transform(make_model("llama"), 3)
-
-
-def test_key_value_heads_that_do_not_divide() -> None:
-    model = make_model("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=8)
-    with pytest.raises(ConfigurationError, match=r"3 key/value heads.*over 2 ranks.*Use sp_size 1, 3 or 6"):
-        transform(model, 2)
-
-
 def test_transformed_already_then_restored() -> None:
     model = transform(make_model("llama"), 2)
     with pytest.raises(ConfigurationError, match="restore"):

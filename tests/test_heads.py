@@ -132,7 +132,9 @@ def check(setting: Setting) -> None:
     tolerance = TOLERANCE[setting.dtype]
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     weights = torch.randn(expected.shape, dtype=setting.dtype, generator=torch.Generator().manual_seed(1))
-    pairs = zip(torch.autograd.grad(found, tokens, weights), torch.autograd.grad(expected, tokens, weights), strict=True)
+    pairs = zip(
+        torch.autograd.grad(found, tokens, weights), torch.autograd.grad(expected, tokens, weights), strict=True
+    )
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
