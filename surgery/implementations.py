@@ -50,7 +50,7 @@ def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
         axis: Axis,
     ) -> Tensor:
         if query.shape[1] == 0:
-            return without_heads(query, key, value)
+            return without_heads(query, key, value, {**keywords, **hidden}.get("dropout") or 0.0, axis)
         heads = own_heads(call, query.shape[1], key.shape[1], axis)
         given = _with_numbers(heads.cut_keywords({**keywords, **hidden}))
         if mask is None and given.get("is_causal") is not None:
@@ -113,7 +113,7 @@ def sdpa(
     As in transformers, grouped heads go to the kernel as they are without a mask, and repeated with one.
     """
     if query.shape[1] == 0:
-        return without_heads(query, key, value)
+        return without_heads(query, key, value, dropout, axis)
     num_groups = query.shape[1] // key.shape[1]
     mask = _of_own_heads(mask, query.shape[1], axis)
     if mask is not None and num_groups > 1:
@@ -149,7 +149,7 @@ def written_out(
     Builds the scores [B, N/P, S, S] of this rank's heads, as the model's own eager attention does for all heads.
     """
     if query.shape[1] == 0:
-        return without_heads(query, key, value)
+        return without_heads(query, key, value, dropout, axis)
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -161,9 +161,13 @@ def written_out(
         return F.dropout(shares, dropout, dropout > 0.0) @ value
 
 
-def without_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What a rank attends to that has no heads: nothing, [B, 0, S, H]; gradients pass, as the others wait for them."""
-    return query @ key.transpose(2, 3) @ value
+def without_heads(query: Tensor, key: Tensor, value: Tensor, dropout: float, axis: Axis) -> Tensor:
+    """What a rank attends to that has no heads: nothing, [B, 0, S, H].
+
+    Gradients pass, as the other ranks wait for them, and the generators of all ranks stay in step.
+    """
+    with _dropout_stream(dropout, axis.rank, query.device):
+        return query @ key.transpose(2, 3) @ value
 
 
 def _of_own_heads(mask: Tensor | None, num_heads: int, axis: Axis) -> Tensor | None:
@@ -186,7 +190,8 @@ def _softmax_with_sinks(scores: Tensor, sinks: Tensor | None, axis: Axis) -> Ten
     """Softmax over the keys; `sinks` [N] of all heads take their share of it, those of this rank's heads."""
     if sinks is None:
         return scores.softmax(-1, dtype=_at_least_float32(scores.dtype))
-    first = first_token(sinks.shape[0], axis.rank, axis.size)
+    is_whole = sinks.shape[0] == scores.shape[1]
+    first = 0 if is_whole else first_token(sinks.shape[0], axis.rank, axis.size)
     own = sinks.narrow(0, first, scores.shape[1]).view(1, -1, 1, 1)
     whole = torch.cat([scores, own.to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], -1)], dim=-1)
     return whole.softmax(-1, dtype=_at_least_float32(scores.dtype))[..., :-1]
