@@ -29,8 +29,9 @@ from tests.training import (
     micro_batches,
     model_to_train,
     train_unsharded,
+    worst_error,
 )
-from tests.zoo import make_batch
+from tests.zoo import make_batch, make_model
 
 STAGES = (0, 1, 2, 3)
 STEPS_CONFIG = {
@@ -150,6 +151,26 @@ def test_stage_3_with_layers_as_units(pair: RankPool) -> None:
     """`leaf_module` of the config: a decoder layer is gathered as one."""
     leaves = {"leaf_module": {"classes": ["transformers.models.llama.modeling_llama.LlamaDecoderLayer"]}}
     assert_exact(pair.run(_prove, 3, 2, zero=leaves))
+
+
+def _prove_architecture(name: str, **changes: Any) -> dict[str, float]:
+    expected = make_model(name, **changes)
+    engine = initialize(transform(make_model(name, **changes), 2), 3, gradient_accumulation_steps=1)
+    batch = make_batch(2, 32)
+    loss = engine(**batch).loss
+    engine.backward(loss)
+    gradients = whole_gradients(engine)
+    engine.destroy()
+    whole_loss = expected(**batch, use_cache=False).loss
+    whole_loss.backward()
+    wanted = {name: p.grad for name, p in expected.named_parameters() if p.grad is not None}
+    return {"loss": relative_error(loss, whole_loss), "gradients": worst_error(gradients, wanted)}
+
+
+@pytest.mark.parametrize(("name", "changes"), [("qwen2", {"tie_word_embeddings": True}), ("gpt2", {}), ("mixtral", {})])
+def test_stage_3_of_other_architectures(pair: RankPool, name: str, changes: dict[str, Any]) -> None:
+    """Embeddings that are the head as well, weights that are read transposed, experts."""
+    assert_exact(pair.run(_prove_architecture, name, **changes))
 
 
 def _releases() -> tuple[list[str], int, int]:

@@ -73,13 +73,14 @@ def train_unsharded(model: nn.Module, optimizer: str, *, clips: bool) -> Trained
 def errors(found: Trained, expected: Trained) -> dict[str, float]:
     """The relative errors, each tensor's against at least a small share of the largest value there is."""
     return {
-        "gradients": _worst(found.gradients, expected.gradients),
+        "gradients": worst_error(found.gradients, expected.gradients),
         "norm": abs(found.norm - expected.norm) / expected.norm,
-        "weights": _worst(found.weights, expected.weights),
+        "weights": worst_error(found.weights, expected.weights),
     }
 
 
-def _worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative error of any tensor, measured as `errors` does."""
     floor = SMALLEST_SHARE * max(float(value.abs().max()) for value in expected.values())
     assert found.keys() == expected.keys()
     return max(relative_error(found[name], value, floor) for name, value in expected.items())
