@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -259,6 +259,13 @@ def test_block_masks_are_made_once_for_all_calls() -> None:
     masks = {site.node.args[3] for site in program.context.sites}
     assert [site.implementation for site in program.context.sites] == ["flex_attention"] * 2
     assert [mask.target.__name__ for mask in masks] == ["make_mask"]
+
+
+def test_block_masks_of_the_caller_are_refused() -> None:
+    model = transform(use(make_model("llama").eval(), "flex_attention"), 2)
+    mask = create_block_mask(lambda b, h, q, k: k <= q, 2, None, 32, 32, device="cpu")
+    with pytest.raises(CaptureError, match=r"the mask of LlamaAttention is a BlockMask.*Expected a tensor"):
+        model.surgery.prepare(input_ids=make_batch(2, 32)["input_ids"], attention_mask=mask)
 
 
 # cu_seq_lens_* where attention does not read them
