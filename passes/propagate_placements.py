@@ -11,7 +11,7 @@ Nothing is changed yet: each node's facts say how it will run (`Step`), and inse
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,10 +22,13 @@ from surgery.errors import UnsupportedOperationError
 from surgery.metadata import KEY, Context, NodeFacts, Skip, where
 from surgery.pipeline import PassResult
 from surgery.placement import PARTIAL, REPLICATED, Placement, Sharded
+from surgery.randomness import whole_dropout
 from surgery.regions import check_border, region_of, region_step
 from surgery.rules import Call, Step, find_rule
 from surgery.rules.call import make_call, replicated, tensor_nodes
 from surgery.shapes import length_dims, only_length_dim
+
+DROPOUT = torch.ops.aten.dropout.default
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,13 @@ def _decide_whole(call: Call) -> NodeFacts:
         step = row.rule(tentative) if tentative.sharded or row.creates else None
         if step is not None and step.is_sharded and not _gathers(step, tentative):
             return NodeFacts(step.results, row.family, step)
+    if call.node.target is DROPOUT:
+        step = replace(replicated(call), replacement=whole_dropout)
+        return NodeFacts(step.results, "replicated", step)
     if torch.Tag.nondeterministic_seeded in call.node.target.tags:  # type: ignore[union-attr]
         raise UnsupportedOperationError(
             f"{where(call.node)}: random numbers for a value that is whole on every rank would differ between ranks. "
-            "Expected randomness only in dropout over tokens. Pass the random tensor in as an input, or switch it off."
+            "Expected randomness only in dropout. Pass the random tensor in as an input, or switch it off."
         )
     step = replicated(call)
     return NodeFacts(step.results, "replicated", step)

@@ -17,8 +17,8 @@ from surgery.errors import InputError
 from surgery.private import all_gather_first_dim
 from surgery.signature import BoundCall
 
-SHOWN_FIELDS = ("batch size", "sequence length")
-FIELDS = ("arguments", "batch size", "sequence length", "contents")
+SHOWN_FIELDS = ("batch size", "sequence length", "decoder's sequence length")
+FIELDS = ("arguments", *SHOWN_FIELDS, "contents")
 PERIOD = 8191
 
 
@@ -26,7 +26,7 @@ def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:
     """Raise `InputError` on every rank of `group` if their calls differ in arguments, sizes or contents."""
     device = next(iter(call.tensors.values())).device
     row = torch.tensor(
-        [[_names(call), call.batch_size, call.length, _checksum(call)]], dtype=torch.float64, device=device
+        [[_names(call), call.batch_size, *_two_lengths(call), _checksum(call)]], dtype=torch.float64, device=device
     )
     rows = all_gather_first_dim(row, group.size(), group.group_name)
     for field, column in zip(FIELDS, rows.T.tolist(), strict=True):
@@ -53,6 +53,12 @@ def whole_length(own: int, axis: Axis, device: torch.device) -> int:
             "Gather what the model returned, along the dimension that holds the sequence: gather(value, dim)."
         )
     return int(sum(lengths))
+
+
+def _two_lengths(call: BoundCall) -> tuple[int, int]:
+    """The length of the sequence, and that of the decoder's, or 0 where there is none."""
+    lengths = [*call.lengths.values(), 0]
+    return lengths[0], lengths[1]
 
 
 def _names(call: BoundCall) -> int:

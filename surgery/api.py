@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from surgery.collectives import gather
 from surgery.errors import ConfigurationError
+from surgery.examples import example_call
 from surgery.installation import install, uninstall
 from surgery.mesh import check_agreement, make_mesh
 from surgery.metadata import Gradients, OnUnknown, facts_of
-from surgery.model_surgery import DEFAULT_EXAMPLE_LENGTH, ModelSurgery
+from surgery.model_surgery import ModelSurgery
 from surgery.options import CheckInputs, Inputs, Options
 from surgery.program import Program
 
@@ -74,7 +74,7 @@ def transform(
         if groups is not None:
             check_agreement("options", options, groups.get_sequence_parallel_group() if given is not None else None)
         if sp_size > 1:
-            program = surgery.prepare(**example_call(model, seq_length or DEFAULT_EXAMPLE_LENGTH))
+            program = surgery.prepare(**example_call(model, seq_length))
             _check_mixes_tokens(model, program)
     except BaseException:
         if groups is not None:
@@ -95,13 +95,6 @@ def restore(model: nn.Module) -> nn.Module:
     if surgery.mpu is not None:
         surgery.mpu.close()
     return model
-
-
-def example_call(model: nn.Module, length: int) -> dict[str, torch.Tensor]:
-    """The call a training step makes: token ids, and labels for a model that computes its loss."""
-    device = next(model.parameters()).device
-    ids = torch.zeros(2, length, dtype=torch.long, device=device)
-    return {"input_ids": ids, "labels": ids}
 
 
 def _load(model: nn.Module | str | Path) -> nn.Module:

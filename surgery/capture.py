@@ -29,13 +29,15 @@ from surgery.opaque import InputSizes, OpaqueCall, OpaqueModules
 from surgery.private import UserError, export_patches, functionalized, refused_specialization
 from surgery.recorded import RecordedCall, RecordedMask, Recording
 from surgery.recording import recorded_attention
-from surgery.shapes import to_expr
-from surgery.signature import SEQUENCE_INPUTS, Signature, TensorInput
+from surgery.shapes import Lengths, to_expr
+from surgery.signature import Signature, TensorInput
 from surgery.stand_ins import as_unsharded
 
 TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
 SHORT_LENGTH = 16
 EXAMPLE_COUNT = 3
+POSITION_TABLES = ("max_target_positions", "max_position_embeddings")
+SEQUENCE_NAMES = {"s": "sequence", "t": "decoder_sequence"}
 
 
 class Bounds(NamedTuple):
@@ -53,7 +55,7 @@ class Capture:
     """A captured graph, and what is needed to call it and to read its outputs."""
 
     graph: fx.Graph
-    length: sympy.Symbol
+    lengths: Lengths
     batch: sympy.Symbol | None
     output_spec: pytree.TreeSpec
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -64,22 +66,23 @@ class Capture:
     attempts: tuple[Skip, ...] = ()
 
 
-def capture(model: nn.Module, signature: Signature, example: tuple[int, int]) -> Capture:
-    """Trace `model` for `signature` with `torch.export`, batch and sequence dynamic, on an example of [B, S] tokens.
+def capture(model: nn.Module, signature: Signature, example: tuple[int, ...]) -> Capture:
+    """Trace `model` for `signature` with `torch.export` on an example of these sizes: B sequences of S tokens (and T).
 
     An example of one is captured for just that size: torch.export specializes ones. Modules that cannot be traced
     become opaque (`surgery/opaque.py`).
 
     Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
     """
+    if not signature.letters:
+        raise CaptureError(f"expected sequences of two tokens or more, found {signature} of one. Pad it to two.")
     captured, attempts = trace_around(model, lambda opaque: _trace(model, signature, example, opaque))
     captured.attempts = attempts
     return captured
 
 
-def _trace(model: nn.Module, signature: Signature, example: tuple[int, int], opaque: OpaqueModules) -> Capture:
+def _trace(model: nn.Module, signature: Signature, example: tuple[int, ...], opaque: OpaqueModules) -> Capture:
     sizes = InputSizes()
-    names = [tensor.name for tensor in signature.tensors]
     with ExitStack() as stack:
         recording = stack.enter_context(recorded_attention(model))
         stack.enter_context(_traceable_config(model))
@@ -102,7 +105,7 @@ def _trace(model: nn.Module, signature: Signature, example: tuple[int, int], opa
                 "Expected a forward without data-dependent control flow, dynamic in batch and sequence length. "
                 "Run the model's code through torch.export.export(strict=False) to see where it stops."
             ) from error
-    captured = _to_capture(program, names)
+    captured = _to_capture(program, signature)
     captured.bounds = bounds
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls = tuple(opaque.calls)
@@ -116,17 +119,18 @@ class SpecializedError(CaptureError):
         super().__init__("the code needs as a number a size that varies from call to call")
 
 
-def _export(model: nn.Module, signature: Signature, example: tuple[int, int]) -> tuple[ExportedProgram, Bounds]:
-    """The exported program, and the tightest bounds on the sequence length that it needs."""
-    examples = {tensor.name: _example(tensor, *example) for tensor in signature.tensors}
-    candidates = _candidate_bounds(model, example[1])
+def _export(model: nn.Module, signature: Signature, example: tuple[int, ...]) -> tuple[ExportedProgram, Bounds]:
+    """The exported program, and the tightest bounds on the sequence lengths that it needs."""
+    sizes = dict(zip(("b", *signature.letters), example, strict=True))
+    examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
+    candidates = _candidate_bounds(model, max(example[1:], default=1))
     for bounds in candidates:
         try:
             program = torch.export.export(
                 model,
                 (),
                 examples,
-                dynamic_shapes=_dynamic_shapes(signature, example, bounds),
+                dynamic_shapes=_dynamic_shapes(signature, sizes, bounds),
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
@@ -140,15 +144,17 @@ def _export(model: nn.Module, signature: Signature, example: tuple[int, int]) ->
 
 def _candidate_bounds(model: nn.Module, length: int) -> list[Bounds]:
     """Any length first; then those a table of positions has, and those that leave room for a slice of a few tokens."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    highs = [None, limit] if isinstance(limit, int) and limit >= length else [None]
+    limits = [getattr(getattr(model, "config", None), name, None) for name in POSITION_TABLES]
+    limit = next((limit for limit in limits if isinstance(limit, int)), 0)
+    highs = [None, limit] if limit >= length else [None]
     lows = [None, SHORT_LENGTH] if length >= SHORT_LENGTH else [None]
     return [Bounds(low, high) for low in lows for high in highs]
 
 
-def _dynamic_shapes(signature: Signature, example: tuple[int, int], bounds: Bounds) -> dict[str, dict[int, Dim]]:
-    dims = {"b": Dim("batch"), "s": Dim("sequence", min=bounds.low, max=bounds.high)}
-    dynamic = {name: dim for (name, dim), size in zip(dims.items(), example, strict=True) if size > 1}
+def _dynamic_shapes(signature: Signature, sizes: dict[str, int], bounds: Bounds) -> dict[str, dict[int, Dim]]:
+    dims = {"b": Dim("batch")}
+    dims |= {letter: Dim(SEQUENCE_NAMES[letter], min=bounds.low, max=bounds.high) for letter in signature.letters}
+    dynamic = {letter: dims[letter] for letter, size in sizes.items() if size > 1}
     dynamic["n"] = Dim("count")
     return {
         tensor.name: {d: dynamic[str(size)] for d, size in enumerate(tensor.dims) if size in dynamic}
@@ -156,10 +162,10 @@ def _dynamic_shapes(signature: Signature, example: tuple[int, int], bounds: Boun
     }
 
 
-def _example(tensor: TensorInput, batch_size: int, length: int) -> Tensor:
-    letters = {"b": batch_size, "s": length, "n": EXAMPLE_COUNT}
-    sizes = [letters[d] if isinstance(d, str) else d for d in tensor.dims]
-    return torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
+def _example(tensor: TensorInput, sizes: dict[str, int]) -> Tensor:
+    letters = {**sizes, "n": EXAMPLE_COUNT}
+    shape = [letters[dim] if isinstance(dim, str) else dim for dim in tensor.dims]
+    return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _first_lines(error: Exception) -> str:
@@ -222,8 +228,8 @@ def _is_mutable(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _to_capture(program: ExportedProgram, names: list[str]) -> Capture:
-    """Turn lifted parameters into `get_attr` nodes on the live model, and find the sequence symbol."""
+def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
+    """Turn lifted parameters into `get_attr` nodes on the live model, and find the symbols of the sizes."""
     _refuse_mutations(program)
     graph = program.graph_module.graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
@@ -240,13 +246,15 @@ def _to_capture(program: ExportedProgram, names: list[str]) -> Capture:
             constants[node.name] = program.constants[spec.target]
             target = f"surgery.constants.{node.name}"
         _replace_by_attribute(graph, node, target)
+    names = [tensor.name for tensor in signature.tensors]
     if [node.name for node in inputs] != names:
         raise CaptureError(f"expected the graph's inputs to be {names}, found {[node.name for node in inputs]}")
-    length, batch = _sequence_and_batch(inputs)
+    lengths = tuple(_length(letter, signature, inputs) for letter in signature.letters)
+    batch = _size("b", signature, inputs)[1]
     spec = program.call_spec.out_spec
     assert spec is not None
     graph.owning_module = program.graph_module
-    return Capture(graph, length, batch, spec, constants)
+    return Capture(graph, lengths, batch if isinstance(batch, sympy.Symbol) else None, spec, constants)
 
 
 def _replace_by_attribute(graph: fx.Graph, node: fx.Node, target: str) -> None:
@@ -267,12 +275,19 @@ def _refuse_mutations(program: ExportedProgram) -> None:
         )
 
 
-def _sequence_and_batch(inputs: list[fx.Node]) -> tuple[sympy.Symbol, sympy.Symbol | None]:
-    lead = next(node for name in SEQUENCE_INPUTS for node in inputs if node.name == name)
-    batch, length = (to_expr(size) for size in lead.meta["val"].shape[:2])
+def _length(letter: str, signature: Signature, inputs: list[fx.Node]) -> sympy.Symbol:
+    name, length = _size(letter, signature, inputs)
     if not isinstance(length, sympy.Symbol):
         raise CaptureError(
-            f"the model fixes the sequence length of {lead.name} to {length} while it is traced. "
+            f"the model fixes the sequence length of {name} to {length} while it is traced. "
             "Expected a forward that works for any length: it branches on, or loops over, the length."
         )
-    return length, batch if isinstance(batch, sympy.Symbol) else None
+    return length
+
+
+def _size(letter: str, signature: Signature, inputs: list[fx.Node]) -> tuple[str, sympy.Expr | None]:
+    """The symbol that stands for the size called `letter`, and an input that has it."""
+    for tensor, node in zip(signature.tensors, inputs, strict=True):
+        if letter in tensor.dims:
+            return node.name, to_expr(node.meta["val"].shape[tensor.dims.index(letter)])
+    return "", None

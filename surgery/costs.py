@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from surgery import collectives, exchange
+from surgery import collectives, cross_exchange, exchange
 from surgery.head_plan import HeadPlan
 from surgery.notation import BATCH, LENGTH, Notation, notation_of, spell
 from surgery.program import Program
@@ -27,6 +27,7 @@ from surgery.shapes import product, shape_of
 Direction = Literal["forward", "backward"]
 
 DETACH = torch.ops.aten.detach.default
+CROSS_EXCHANGES = (cross_exchange.exchange_queries, cross_exchange.exchange_keys)
 EXCHANGES = (exchange.exchange_to_heads, exchange.exchange_to_sequence)
 
 
@@ -90,7 +91,7 @@ def find_differentiable(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         value = node.meta.get("val")
-        first = value[0] if isinstance(value, tuple) else value
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
         if not isinstance(first, Tensor) or not first.is_floating_point() or node.target is DETACH:
             continue
         if first.requires_grad or not found.isdisjoint(node.all_input_nodes):
@@ -102,6 +103,8 @@ def _kinds(sp_size: int) -> dict[Any, Kind]:
     return {
         exchange.exchange_to_heads: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
         exchange.exchange_to_sequence: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
+        cross_exchange.exchange_queries: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
+        cross_exchange.exchange_keys: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
         collectives.gather: Kind("all-gather", "reduce-scatter", sympy.Integer(1)),
         collectives.all_reduce: Kind("all-reduce", "all-reduce", sympy.Integer(2)),
     }
@@ -111,6 +114,8 @@ def _sent(node: fx.Node, kind: Kind, notation: Notation) -> sympy.Expr:
     """The bytes one rank sends, the busiest where an exchange gives some more heads than others."""
     if node.target in EXCHANGES:
         return _exchanged(node, notation)
+    if node.target in CROSS_EXCHANGES:
+        return _cross_exchanged(node, notation)
     value = node.meta["val"]
     size = notation.letters(product(shape_of(value))) * value.element_size()
     return size * kind.sent * sympy.Rational(notation.sp_size - 1, notation.sp_size)
@@ -124,6 +129,18 @@ def _exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
     sizes = plan.most_bytes_per_token(int(query.shape[3]), int(output.shape[3]), query.element_size())
     tokens = notation.letters(shape_of(query)[0] * shape_of(query)[2]) / notation.sp_size
     return tokens * sizes[0 if is_first else 1]
+
+
+def _cross_exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
+    value = node.meta["val"]
+    tokens = value if isinstance(value, tuple) else (value,)
+    count, is_query = int(tokens[0].shape[1]), len(tokens) == 1
+    num_heads: Any = count if is_query else node.args[2]
+    plan = HeadPlan(num_heads, count, notation.sp_size)
+    counts = [len(plan.heads(rank) if is_query else plan.kv_heads(rank)) for rank in range(notation.sp_size)]
+    size = sum(int(x.shape[3]) * x.element_size() for x in tokens)
+    shape = shape_of(tokens[0])
+    return notation.letters(shape[0] * shape[2]) / notation.sp_size * (sum(counts) - min(counts)) * size
 
 
 def _total(group: list[Collective], sp_size: int) -> Traffic:

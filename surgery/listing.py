@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery import collectives, exchange
+from surgery import collectives, cross_exchange, exchange
 from surgery.layers import split_path
 from surgery.metadata import facts_of, module_class, module_path, source_line
 from surgery.notation import Notation, short_dtype
 
 MARKS: dict[Any, str] = {
+    cross_exchange.exchange_keys: "exchange",
+    cross_exchange.exchange_queries: "exchange",
     exchange.exchange_to_heads: "exchange",
     exchange.exchange_to_sequence: "exchange",
     collectives.shard: "shard",

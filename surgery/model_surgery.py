@@ -23,6 +23,7 @@ from surgery.collectives import Axis
 from surgery.engine_checks import check_engine
 from surgery.engines import hooked_modules
 from surgery.errors import CaptureError, LaunchError
+from surgery.examples import DEFAULT_EXAMPLE_BATCH_SIZE, example_lengths
 from surgery.mesh import SequenceMesh
 from surgery.metadata import Context
 from surgery.options import Options
@@ -37,9 +38,6 @@ from surgery.segments import Cuts
 from surgery.sharded_inputs import assemble, gather_slices
 from surgery.signature import BoundCall, Signature, TensorInput, autocast_dtype, bind_call, describe_tensors
 from surgery.state import check_state, fingerprint
-
-DEFAULT_EXAMPLE_BATCH_SIZE = 2
-DEFAULT_EXAMPLE_LENGTH = 64
 
 
 class ModelSurgery:
@@ -109,8 +107,7 @@ class ModelSurgery:
         find = find_while_compiling if torch.compiler.is_compiling() else find_program
         program = self.programs[find(self, inputs, constants, self.model.training, None)]
         if program.has_assumptions:
-            sizes = (int(call.batch_size), int(call.length))
-            program = self.programs[find(self, inputs, constants, self.model.training, sizes)]
+            program = self.programs[find(self, inputs, constants, self.model.training, call.sizes)]
         return program.run(self.model, call.tensors, deal_out)
 
     def gather(self, value: Tensor, dim: int = 1, *, length: int | None = None) -> Tensor:
@@ -145,8 +142,7 @@ class ModelSurgery:
         """Capture and rewrite the graph for a call with these arguments, without running it."""
         call = bind_call(self._parameters, args, kwargs)
         constants = tuple(sorted(call.constants.items()))
-        sizes = (call.batch_size, call.length)
-        return self.programs[find_program(self, describe_tensors(call), constants, self.model.training, sizes)]
+        return self.programs[find_program(self, describe_tensors(call), constants, self.model.training, call.sizes)]
 
     def _check_agreement(self, call: BoundCall, key: tuple[Any, ...]) -> None:
         """Compare the batch between the ranks, as often as `check_inputs` asks for."""
@@ -157,8 +153,8 @@ class ModelSurgery:
         check_same_call(call, self.mpu.get_sequence_parallel_group())
         self._checked.add(key)
 
-    def build(self, signature: Signature, example: tuple[int, int]) -> Program:
-        """Capture the model for `signature`, with an example of [B, S] tokens, and run the recipe over its graph."""
+    def build(self, signature: Signature, example: tuple[int, ...]) -> Program:
+        """Capture the model for `signature`, with an example of these sizes, and run the recipe over its graph."""
         if signature.autocast_dtype is not None:
             raise CaptureError(
                 "torch.autocast is on, and the graph would bake its casts in. Expected plain dtypes. "
@@ -168,7 +164,7 @@ class ModelSurgery:
         options = self.options
         context = Context(
             self.axis,
-            (captured.length,),
+            captured.lengths,
             captured.batch,
             sizes={},
             fixed_length=None if options.seq_length_is_variable else options.seq_length,
@@ -181,8 +177,9 @@ class ModelSurgery:
             attempts=captured.attempts,
         )
         low, high = captured.bounds
-        context.assumptions += [sympy.Ge(captured.length, low)] if low is not None else []
-        context.assumptions += [sympy.Le(captured.length, high)] if high is not None else []
+        for length in captured.lengths:
+            context.assumptions += [sympy.Ge(length, low)] if low is not None else []
+            context.assumptions += [sympy.Le(length, high)] if high is not None else []
         run_pipeline(SEQUENCE_PARALLEL, captured.graph, context)
         for name, value in captured.constants.items():
             setattr(self.constants, name, value)
@@ -199,9 +196,9 @@ def find_program(
     inputs: tuple[TensorInput, ...],
     constants: tuple[tuple[str, Any], ...],
     is_training: bool,
-    sizes: tuple[int, int] | None,
+    sizes: tuple[int, ...] | None,
 ) -> int:
-    """The index of the program for a call, captured now if there is none; `sizes` [B, S]: one that serves them."""
+    """The index of the program for a call, captured now if there is none; `sizes` (B, S, T): one that serves them."""
     check_state(surgery.model)
     if surgery.mpu is not None:
         check_engine(surgery.model, surgery.options.gradients, surgery.mpu)
@@ -211,8 +208,8 @@ def find_program(
         if program.signature == signature and (sizes is None or program.serves(*sizes)):
             surgery.programs[index] = relink(program, find_cuts(surgery.model))
             return index
-    length = surgery.options.seq_length or DEFAULT_EXAMPLE_LENGTH
-    surgery.programs.append(surgery.build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, length)))
+    lengths = example_lengths(surgery.options.seq_length)[: len(signature.letters)]
+    surgery.programs.append(surgery.build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, *lengths)))
     return len(surgery.programs) - 1
 
 
@@ -222,7 +219,7 @@ def find_while_compiling(
     inputs: tuple[TensorInput, ...],
     constants: tuple[tuple[str, Any], ...],
     is_training: bool,
-    sizes: tuple[int, int] | None,
+    sizes: tuple[int, ...] | None,
 ) -> int:
     """`find_program` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach."""
     with ThreadPoolExecutor(max_workers=1) as thread:

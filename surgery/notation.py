@@ -25,9 +25,9 @@ from torch.utils._sympy.functions import FloorDiv
 
 from surgery.metadata import Context, facts_of
 from surgery.placement import HeadSharded, Placement, Sharded
-from surgery.shapes import shape_of, to_expr
+from surgery.shapes import Lengths, shape_of, to_expr
 
-BATCH, LENGTH, RANKS = sympy.symbols("B S P", positive=True, integer=True)
+BATCH, LENGTH, DECODER_LENGTH, RANKS = sympy.symbols("B S T P", positive=True, integer=True)
 HIDDEN = frozenset({"axis", "device", "layout", "length", "num_heads", "pin_memory"})
 DEFAULTS = {"dropout": 0.0, "inner": 1, "outer": 1}
 LAST_INDEX = torch.iinfo(torch.int64).max
@@ -47,12 +47,13 @@ class Notation:
     """The letters of one graph, whose symbols are named by the capture."""
 
     batch: sympy.Symbol | None
-    length: sympy.Symbol
+    lengths: Lengths
     sp_size: int
 
     def letters(self, expr: sympy.Expr) -> sympy.Expr:
-        """`expr` with the graph's symbols replaced by B and S, and whole divisions by P written as such."""
-        renamed = expr.xreplace({self.length: LENGTH, self.batch: BATCH} if self.batch else {self.length: LENGTH})
+        """`expr` with the graph's symbols replaced by B, S and T, and whole divisions by P written as such."""
+        names = dict(zip(self.lengths, (LENGTH, DECODER_LENGTH), strict=False))
+        renamed = expr.xreplace({**names, self.batch: BATCH} if self.batch is not None else names)
         return renamed.replace(FloorDiv, self._division)
 
     def _division(self, numerator: sympy.Expr, denominator: sympy.Expr) -> sympy.Expr:
@@ -97,7 +98,10 @@ def _arguments(node: fx.Node) -> tuple[list[Any], list[tuple[str, Any]]]:
     """The arguments to show by position and by name: of our own functions, only the leading tensors by position."""
     if not isinstance(node.target, FunctionType):
         return list(node.args), list(node.kwargs.items())
-    bound = list(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.items())
+    signature, bound = inspect.signature(node.target), []
+    for name, value in signature.bind(*node.args, **node.kwargs).arguments.items():
+        is_many = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        bound += [(name, part) for part in value] if is_many else [(name, value)]
     positional = list(takewhile(lambda given: isinstance(given[1], fx.Node) and given[0] not in HIDDEN, bound))
     return [value for _, value in positional], bound[len(positional) :]
 
@@ -107,7 +111,7 @@ def _says_something(name: str, value: Any) -> bool:
 
 
 def notation_of(context: Context) -> Notation:
-    return Notation(context.batch, context.length, context.axis.size)
+    return Notation(context.batch, context.lengths, context.axis.size)
 
 
 def spell(expr: sympy.Expr) -> str:

@@ -39,9 +39,9 @@ class Program:
     def has_assumptions(self) -> bool:
         return len(self.context.assumptions) > 0
 
-    def serves(self, batch_size: int, length: int) -> bool:
+    def serves(self, batch_size: int, *lengths: int) -> bool:
         """Whether these sizes are on the same side of the model's branches as the captured ones."""
-        sizes = {self.context.length: length, self.context.batch: batch_size}
+        sizes = {self.context.batch: batch_size, **dict(zip(self.context.lengths, lengths, strict=True))}
         return all(condition.subs(sizes) == sympy.true for condition in self.context.assumptions)
 
     def run(

@@ -21,7 +21,7 @@ from surgery.axis import Axis, run_lengths
 from surgery.collectives import gather_runs
 from surgery.errors import InputError
 from surgery.private import all_gather_first_dim, all_to_all_runs
-from surgery.signature import BoundCall
+from surgery.signature import SAMPLE_INPUTS, BoundCall
 
 WHOLE_INPUTS = ("cu_seq_lens", "num_items_in_batch")
 """Arguments that describe the whole batch, by the start of their names: every rank passes the same."""
@@ -71,17 +71,18 @@ def assemble(call: BoundCall, axis: Axis, problem: str | None = None) -> tuple[B
     for name in dims.keys() - integers.keys():
         moved = call.tensors[name].movedim(dims[name], 0)
         tensors[name] = gather_runs(moved, slices.lengths, slices.axis).movedim(0, dims[name])
-    return replace(call, tensors=tensors, length=sum(slices.lengths)), slices
+    return replace(call, tensors=tensors, lengths={"s": sum(slices.lengths)}), slices
 
 
 def find_sequence_dims(call: BoundCall) -> tuple[dict[str, int], str | None]:
     """The dimension of each argument that is cut, and what is wrong with the arguments, if anything."""
     dims: dict[str, int] = {}
+    if "t" in call.lengths:
+        return {}, "an encoder-decoder has two sequences. Expected whole inputs: inputs='whole'."
     for name in sorted(call.tensors):
         tensor = call.tensors[name]
-        if name.startswith("decoder_"):
-            return {}, f"{name}: an encoder-decoder has two sequences. Expected whole inputs: inputs='whole'."
-        if tensor.ndim == 0 or name.startswith(WHOLE_INPUTS):
+        is_of_sequences = tensor.ndim == 1 and name in SAMPLE_INPUTS
+        if tensor.ndim == 0 or is_of_sequences or name.startswith(WHOLE_INPUTS):
             continue
         dim = sequence_dim(name, tensor)
         if tensor.shape[dim] == call.length:

@@ -12,14 +12,22 @@ from torch import Tensor
 
 from surgery.errors import InputError
 
-SEQUENCE_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+SEQUENCES = {
+    "s": ("input_ids", "inputs_embeds"),
+    "t": ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
+}
+"""The arguments that tell the length of the sequence (an encoder's, if there is a decoder), and of the decoder's."""
 SCALAR_INPUTS = frozenset({"num_items_in_batch", "max_length_q", "max_length_k"})
 COUNTED_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 """Inputs of one dimension that has its own length on every call: the ends of documents, of which there are many."""
+SAMPLE_INPUTS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "sentence_order_label"})
+"""Arguments that may have one number for each sequence of the batch: [B]."""
+FIXED_INPUTS = ("pixel_values", "input_features", "input_values")
+"""Images and sound: their sizes are no lengths of token sequences, whatever they happen to be."""
 
 
 class TensorInput(NamedTuple):
-    """A tensor argument; each of `dims` is the batch "b", the sequence "s", any count "n", or a fixed size."""
+    """A tensor argument; `dims`: the batch "b", a sequence "s" or a decoder's "t", any count "n", or a fixed size."""
 
     name: str
     dtype: torch.dtype
@@ -37,6 +45,12 @@ class Signature:
     autocast_dtype: torch.dtype | None
     state: int
 
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """The sequences that vary in length, the leading one first: "s" and "t"."""
+        dims = {dim for tensor in self.tensors for dim in tensor.dims}
+        return tuple(letter for letter in SEQUENCES if letter in dims)
+
     def __str__(self) -> str:
         names = [tensor.name for tensor in self.tensors] + [f"{name}={value!r}" for name, value in self.constants]
         return f"{'train' if self.is_training else 'eval'}({', '.join(names)})"
@@ -44,12 +58,25 @@ class Signature:
 
 @dataclass(frozen=True)
 class BoundCall:
-    """The arguments of one call of the model: tensors by name, constants by name, and its batch and sequence sizes."""
+    """The arguments of one call of the model: tensors by name, constants by name, and its batch and sequence sizes.
+
+    `lengths` holds the length of each of its sequences: "s", and "t" where it is an encoder-decoder's call.
+    """
 
     tensors: dict[str, Tensor]
     constants: dict[str, Any]
     batch_size: int
-    length: int
+    lengths: dict[str, int]
+
+    @property
+    def length(self) -> int:
+        """The length of the leading sequence."""
+        return next(iter(self.lengths.values()))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The batch size and the lengths, as plain numbers: what a graph is captured with."""
+        return int(self.batch_size), *(int(length) for length in self.lengths.values() if length != 1)
 
 
 def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall:
@@ -64,37 +91,65 @@ def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
     for name in SCALAR_INPUTS & given.keys() - tensors.keys():
         tensors[name] = torch.tensor(given[name])
     constants = {name: value for name, value in given.items() if name not in tensors and name != "use_cache"}
-    lead = next((tensors[name] for name in SEQUENCE_INPUTS if name in tensors), None)
-    if lead is None or lead.ndim < 2:
+    sequences = find_sequences(tensors, has_decoder="decoder_input_ids" in parameters.parameters)
+    if not sequences:
         raise InputError(
-            f"expected a batch of token sequences as one of {', '.join(SEQUENCE_INPUTS)}, of shape [B, S] or "
-            f"[B, S, H]; found {', '.join(sorted(given)) or 'no arguments'}. Pass the whole batch on every rank."
+            "expected a batch of token sequences as one of input_ids, inputs_embeds, decoder_input_ids, of shape "
+            f"[B, S] or [B, S, H]; found {', '.join(sorted(given)) or 'no arguments'}. "
+            "Pass the whole batch on every rank."
         )
-    return BoundCall(tensors, constants, lead.shape[0], lead.shape[1])
+    return BoundCall(
+        tensors,
+        constants,
+        next(iter(sequences.values())).shape[0],
+        {letter: tensor.shape[sequence_dim(tensor)] for letter, tensor in sequences.items()},
+    )
 
 
-def describe_tensor(name: str, tensor: Tensor, batch_size: int, length: int) -> TensorInput:
-    """Which of a tensor's dimensions vary from call to call.
+def find_sequences(tensors: Mapping[str, Tensor], *, has_decoder: bool) -> dict[str, Tensor]:
+    """The tensor that tells the length of each sequence of a call, the encoder's first.
+
+    Labels belong to the decoder of a model that has one, and tell its length where they are all it is given.
+    """
+    found = {}
+    for letter, names in SEQUENCES.items():
+        given = [tensors[name] for name in names if name in tensors and tensors[name].ndim > 1]
+        given = [tensor for tensor in given if not (tensor is tensors.get("labels") and tensor.is_floating_point())]
+        if given and (letter == "s" or has_decoder):
+            found[letter] = given[0]
+    return found
+
+
+def sequence_dim(tensor: Tensor) -> int:
+    """Where tokens lie: [B, S] ids, [B, S, H] embeddings, [B, choices, S] ids of a multiple choice."""
+    return 1 if tensor.is_floating_point() else tensor.ndim - 1
+
+
+def describe_tensor(name: str, tensor: Tensor, batch_size: int, lengths: Mapping[str, int]) -> TensorInput:
+    """Which of a tensor's dimensions vary from call to call. Whose length a dimension is, its argument's name says.
 
     A batch of one is a signature of its own: models may branch on it, and torch.export takes any other for two or more.
+    The same goes for a decoder's sequence of one token.
     """
     if name in COUNTED_INPUTS and tensor.ndim == 1:
         return TensorInput(name, tensor.dtype, tensor.device, ("n",))
-    dims: list[str | int] = []
-    for dim, size in enumerate(tensor.shape):
-        if dim == 0 and tensor.ndim > 1:
-            dims.append("b" if size == batch_size and batch_size > 1 else int(size))
-        elif size == length:
-            dims.append("s")
-        else:
-            dims.append(int(size))
+    letter = "t" if "t" in lengths and (name.startswith("decoder_") or name == "labels") else "s"
+    length = None if name.startswith(FIXED_INPUTS) else lengths.get(letter)
+    dims: list[str | int] = [int(size) if size != length or length == 1 else letter for size in tensor.shape]
+    is_sample = tensor.ndim == 1 and name in SAMPLE_INPUTS
+    if tensor.ndim > 1 or is_sample:
+        batch_dim = 1 if name == "position_ids" and tensor.ndim > 2 else 0
+        dims[0] = int(tensor.shape[0])
+        dims[batch_dim] = "b" if tensor.shape[batch_dim] == batch_size and batch_size > 1 else dims[batch_dim]
+    if tensor.is_floating_point() and name.endswith("inputs_embeds"):
+        dims[2] = int(tensor.shape[2])
     return TensorInput(name, tensor.dtype, tensor.device, tuple(dims))
 
 
 def describe_tensors(call: BoundCall) -> tuple[TensorInput, ...]:
     """The tensor inputs of a call, in the order in which a graph takes them."""
     return tuple(
-        describe_tensor(name, call.tensors[name], call.batch_size, call.length) for name in sorted(call.tensors)
+        describe_tensor(name, call.tensors[name], call.batch_size, call.lengths) for name in sorted(call.tensors)
     )
 
 

@@ -75,6 +75,7 @@ POINTWISE = [
     Case("aten::contiguous", X, lambda x: x.transpose(1, 2).contiguous(), MOVED),
     Case("aten::detach", "b s 6, b s 6", lambda x, y: x.detach() * y, SAME),
     Case("aten::dropout", X, lambda x: aten.dropout(x, 0.0, True), SAME),
+    Case("aten::native_dropout", X, lambda x: aten.native_dropout(x, 0.0, True)[0], SAME),
     Case("aten::empty_like", X, lambda x: aten.fill(torch.empty_like(x), 2.0) * x, SAME),
     Case("aten::full_like", X, lambda x: torch.full_like(x, 3.0) * x, SAME),
     Case("aten::hardtanh", X, lambda x: F.hardtanh(x, -0.5, 0.5), SAME),

@@ -10,14 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 
-from surgery import collectives, exchange
+from surgery import collectives, cross_exchange, exchange
 from surgery.collectives import Axis
 from surgery.private import GroupName
 
@@ -93,5 +93,8 @@ def simulated_ranks(size: int) -> Iterator[Callable[[Callable[[Axis], Any]], lis
         return [future.result() for future in futures]
 
     simulated = {name: getattr(meeting, name) for name in COLLECTIVES}
-    with mock.patch.multiple(collectives, **simulated), mock.patch.object(exchange, ALL_TO_ALL, simulated[ALL_TO_ALL]):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(collectives, **simulated))
+        for module in (cross_exchange, exchange):
+            stack.enter_context(mock.patch.object(module, ALL_TO_ALL, simulated[ALL_TO_ALL]))
         yield run

@@ -35,6 +35,12 @@ NO_DROPOUT = dict.fromkeys(
         "hidden_dropout",
         "residual_dropout",
         "resid_pdrop",
+        "dropout_rate",
+        "attention_probs_dropout",
+        "embedding_dropout",
+        "mlp_dropout",
+        "pooler_dropout",
+        "summary_last_dropout",
     ),
     0.0,
 )
@@ -136,19 +142,61 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
 """State-space models, linear attention, convolutions, and hybrids of them with attention."""
+ENCODERS: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 32, "pad_token_id": 0},
+    "bert": {"pad_token_id": 0, "is_decoder": False},
+    "deberta-v2": {
+        "pad_token_id": 0,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+    },
+    "electra": {"embedding_size": 32, "pad_token_id": 0},
+    "modernbert": {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8},
+    "roberta": {"pad_token_id": 1},
+}
+_DECODER = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+}
+_T5 = {
+    "d_model": 64,
+    "d_kv": 8,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 8,
+    "pad_token_id": 0,
+}
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "bart": _DECODER,
+    "mbart": _DECODER,
+    "pegasus": _DECODER,
+    "t5": {**_T5, "pad_token_id": 0, "decoder_start_token_id": 0},
+    "whisper": {**_DECODER, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
+}
 
 
 def make_config(name: str, **changes: Any) -> Any:
     """The shrunk configuration of an architecture, without dropout."""
-    return AutoConfig.for_model(
-        name, **{**COMMON, **NO_DROPOUT, **(ARCHITECTURES | OTHERS | RECURRENT)[name], **changes}
-    )
+    own = (ARCHITECTURES | OTHERS | RECURRENT).get(name, {})
+    return AutoConfig.for_model(name, **{**COMMON, **NO_DROPOUT, **own, **changes})
 
 
-def make_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+def make_model(
+    name: str, *, auto: Any = AutoModelForCausalLM, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Any:
     """A model with random weights, also where the class would start from zeros or ones."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(name, **changes)).to(dtype)
+    known = ENCODER_DECODERS | ENCODERS if auto is not AutoModelForCausalLM else {}
+    model = auto.from_config(make_config(name, **{**known.get(name, {}), **changes})).to(dtype)
     if dtype == torch.float64 and hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "eager"  # torch's grouped_mm has no float64 kernel
     with torch.no_grad():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from sympy import Expr
 
 from surgery.placement import ONE, REPLICATED, Placement, Sharded
-from surgery.randomness import sharded_dropout
+from surgery.randomness import sharded_dropout, sharded_native_dropout
 from surgery.rules.call import Call, Operand, Step, uniform
 from surgery.rules.table import rule
 
@@ -82,3 +82,8 @@ def prelu(call: Call) -> Step | None:
 @rule("aten::dropout", family="pointwise")
 def dropout(call: Call) -> Step | None:
     return uniform(call, call.operands[0].placement, replacement=sharded_dropout)
+
+
+@rule("aten::native_dropout", family="pointwise")
+def native_dropout(call: Call) -> Step | None:
+    return uniform(call, call.operands[0].placement, replacement=sharded_native_dropout)

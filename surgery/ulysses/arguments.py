@@ -124,7 +124,7 @@ class WholeArguments:
             given["position_ids"] = positions
         if mask is not None and mask.ndim == 4 and mask.shape[3] != length:
             given["attention_mask"] = mask
-        call, slices = assemble(BoundCall(given, {}, batch_size, length), self.axis, said.problem)
+        call, slices = assemble(BoundCall(given, {}, batch_size, {"s": length}), self.axis, said.problem)
         if not slices.is_even:
             even = ", ".join(map(str, slices.even_lengths))
             raise InputError(
