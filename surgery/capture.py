@@ -34,6 +34,7 @@ from surgery.signature import Signature, TensorInput
 from surgery.stand_ins import as_unsharded
 
 TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
+WRITTEN = ("problem_type",)
 SHORT_LENGTH = 16
 EXAMPLE_COUNT = 3
 POSITION_TABLES = ("max_target_positions", "max_position_embeddings")
@@ -198,12 +199,18 @@ def _flat_forward(model: nn.Module, signature: Signature, recording: Recording, 
 
 @contextmanager
 def _traceable_config(model: nn.Module) -> Iterator[None]:
-    """Ask for experts without loops over data and for no cache, for the trace, where the configs have a say."""
+    """Ask for experts without loops over data and for no cache, for the trace, where the configs have a say.
+
+    What a traced forward writes into its config (the kind of labels it was first given) is taken back: the labels of
+    an example must not decide for those of a later call.
+    """
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    previous = [(c, name, getattr(c, name)) for c in configs.values() for name in TRACEABLE if hasattr(c, name)]
+    previous = [
+        (c, name, getattr(c, name)) for c in configs.values() for name in (*TRACEABLE, *WRITTEN) if hasattr(c, name)
+    ]
     try:
         for config, name, _ in previous:
-            setattr(config, name, TRACEABLE[name])
+            setattr(config, name, TRACEABLE.get(name, getattr(config, name)))
         yield
     finally:
         for config, name, value in previous:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from surgery import transform
 from tests.proof import assert_exact, compare
 from tests.ranks import RankPool
 from tests.zoo import VOCAB_SIZE, make_batch, make_model
@@ -128,3 +129,9 @@ def test_answers_in_a_text(ranks: RankPool) -> None:
     """In float64: the gradient of the last bias is zero in exact arithmetic, and all noise in float32."""
     results = ranks.run(prove_head, AutoModelForQuestionAnswering, "bert", 4, dtype=torch.float64)
     assert_exact(results, torch.float64)
+
+
+def test_labels_of_an_example_decide_nothing() -> None:
+    model = make_model("bert", auto=AutoModelForSequenceClassification)
+    transform(model, 4)
+    assert model.config.problem_type is None
