@@ -19,7 +19,7 @@ from surgery.exchange import exchange_to_heads, exchange_to_sequence
 from surgery.head_plan import HeadPlan
 from surgery.implementations import sdpa
 from tests.counting import CollectiveCounter
-from tests.proof import assert_exact, prove
+from tests.proof import assert_exact, compare, prove
 from tests.ranks import RankPool
 from tests.simulation import simulated_ranks
 from tests.zoo import make_batch, make_model
@@ -188,6 +188,17 @@ def test_padding(ranks: RankPool, num_heads: int, num_kv_heads: int, length: int
 def test_double_precision(ranks: RankPool, num_heads: int) -> None:
     results = ranks.run(prove, "llama", 4, dtype=torch.float64, length=31, **with_heads(num_heads, 3))
     assert_exact(results, torch.float64)
+
+
+def _prove_compiled(num_heads: int) -> dict[str, float]:
+    torch._dynamo.reset()
+    model = make_model("llama", num_hidden_layers=1, **with_heads(num_heads, num_heads))
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    return compare(model, 4, make_batch(2, 31), run=compiled)
+
+
+def test_compiled_with_a_rank_that_has_no_heads(ranks: RankPool) -> None:
+    assert_exact(ranks.run(_prove_compiled, 3))
 
 
 def _count_step(num_heads: int, num_kv_heads: int) -> tuple[dict[str, int], list[list[int]]]:
