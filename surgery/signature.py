@@ -91,6 +91,11 @@ def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
     for name in SCALAR_INPUTS & given.keys() - tensors.keys():
         tensors[name] = torch.tensor(given[name])
     constants = {name: value for name, value in given.items() if name not in tensors and name != "use_cache"}
+    if "encoder_outputs" in given:
+        raise InputError(
+            "encoder_outputs: the captured graph runs the encoder itself. Expected the encoder's input_ids. "
+            "Call restore(model) to pass what another encoder computed."
+        )
     sequences = find_sequences(tensors, has_decoder="decoder_input_ids" in parameters.parameters)
     if not sequences:
         raise InputError(
