@@ -72,10 +72,9 @@ class RankPool:
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
-    from torch._C._distributed_c10d import FileStore
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
             function, args, kwargs = pipe.recv()
