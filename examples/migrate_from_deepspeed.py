@@ -57,6 +57,7 @@ def main() -> None:
     logging.disable_progress_bar()
     with join_ranks() as ranks, tempfile.TemporaryDirectory() as scratch:
         name = save_model(scratch)
+        start = flat_weights(LlamaForCausalLM.from_pretrained(name))
         ranks.console.print(CHANGE, soft_wrap=True)
         runs = {"unsharded": train_unsharded(name, ranks), "after": train(ulysses, name, ranks)}
         ulysses.forget(name)
@@ -65,7 +66,7 @@ def main() -> None:
             runs["before"] = train(importlib.import_module(THEIRS), name, ranks)
         else:
             ranks.console.print("deepspeed is not installed: only the side after the change is run.\n")
-        ranks.console.print(comparison(runs, start=flat_weights(LlamaForCausalLM.from_pretrained(name))))
+        ranks.console.print(comparison(runs, start))
         (_, expected), (_, found) = runs["unsharded"][-1], runs["after"][-1]
         worst = ((found - expected).abs().max() / expected.abs().max()).item()
         ranks.console.print(f"surgery's weights in the end differ by {worst:.1e} from the unsharded model's.")
