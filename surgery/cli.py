@@ -86,6 +86,7 @@ def run_verify(arguments: argparse.Namespace, console: Console) -> int:
 def run_sweep(arguments: argparse.Namespace, console: Console) -> int:
     """`surgery sweep`: try what has no result yet, and write the page."""
     chosen = [each for each in list_architectures() if re.search(arguments.only, each.class_name)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
     results = arguments.out / "coverage.jsonl"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

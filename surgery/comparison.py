@@ -2,6 +2,7 @@
 
     reference = run_whole(model, batch)                 one device, the model as it is
     errors    = run_sharded(model, reference, ...)      P ranks:  {"loss": 1e-8, "logits": 3e-7, "lm_head.weight": ...}
+    errors    = run_simulated(model, reference, ...)    the same, by threads of this process
 
 Errors are relative: the largest difference over the largest expected value. The one definition, for `surgery verify`,
 the sweep and the tests.
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from surgery.api import restore, transform
+from surgery.simulation import run_model
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # A gradient that is zero in exact arithmetic (the bias of the keys: softmax does not see it) is rounding noise in
@@ -108,11 +110,29 @@ def run_sharded(
     }
     if reference.gradients:
         found["loss"].backward()
-        group = model.surgery.mpu.get_sequence_parallel_group()
-        floor = SMALLEST_SHARE * max(float(g.abs().max()) for g in reference.gradients.values() if g.numel() > 0)
-        for name, gradient in gradients_of(model, group).items():
-            errors[name] = relative_error(gradient * scale, reference.gradients[name], floor)
+        gradients = gradients_of(model, model.surgery.mpu.get_sequence_parallel_group())
+        errors |= _gradient_errors({name: gradient * scale for name, gradient in gradients.items()}, reference)
     return errors
+
+
+def run_simulated(model: Any, reference: Reference, batch: Mapping[str, Any]) -> dict[str, float]:
+    """The same for a model transformed without a process group, its ranks simulated in this process."""
+    by_rank = [_tensors(outputs) for outputs in run_model(model, batch)]
+    errors = {}
+    for name, expected in reference.outputs.items():
+        found = [values[name] for values in by_rank]
+        wholes = found if all(value.shape == expected.shape for value in found) else [torch.cat(found, dim=1)]
+        errors[name] = max(relative_error(*_at_tokens(whole, expected, batch)) for whole in wholes)
+    if reference.gradients:
+        torch.stack([values["loss"] for values in by_rank]).mean().backward()
+        errors |= _gradient_errors(gradients_of(model), reference)
+    return errors
+
+
+def _gradient_errors(found: dict[str, Tensor], reference: Reference) -> dict[str, float]:
+    expected = reference.gradients
+    floor = SMALLEST_SHARE * max(float(gradient.abs().max()) for gradient in expected.values() if gradient.numel() > 0)
+    return {name: relative_error(gradient, expected[name], floor) for name, gradient in found.items()}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class RanksLostError(Exception):
 
 
 class RankPool:
-    """Processes that each hold one rank of a gloo world."""
+    """Processes that each hold one rank of a gloo world; a single one is alone, without a process group."""
 
     def __init__(self, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
@@ -74,7 +74,8 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:
         try:
             function, args, kwargs = pipe.recv()

@@ -1,9 +1,10 @@
 """The sweep: every text architecture of the installed transformers, shrunk, run whole and sharded.
 
-    catalog  --shrink-->  tiny models  --worlds of P ranks, one for each P cores-->  coverage.jsonl, coverage.md
+    catalog  --shrink-->  tiny models  --a process for each core, P simulated ranks in it-->  coverage.jsonl, .md
 
-Results are written as they come; a sweep that was stopped goes on where it was. An architecture that kills its world,
-or hangs, costs that world and nothing else.
+The ranks of an architecture are threads, which share one capture: `surgery verify` is the proof by real processes.
+Results are written as they come; a sweep that was stopped goes on where it was. An architecture that kills its process,
+or hangs, costs that process and nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Row:
 
 
 def try_architecture(architecture: Architecture, sp_size: int, kinds: list[str]) -> list[dict[str, Any]]:
-    """What one rank does for one architecture."""
+    """What a process does for one architecture."""
     try:
         config = architecture.as_decoder(shrink(architecture.default_config(), sp_size))
     except Exception as error:
@@ -51,8 +52,8 @@ def try_architecture(architecture: Architecture, sp_size: int, kinds: list[str])
     return [outcome.to_dict() for outcome in try_model(architecture.make, config, sp_size, kinds)]
 
 
-class Worlds:
-    """One world of ranks for each thread, replaced when it is lost."""
+class Workers:
+    """One process for each thread, replaced when it is lost."""
 
     def __init__(self, sp_size: int, kinds: Sequence[str]) -> None:
         self.sp_size, self.kinds = sp_size, list(kinds)
@@ -62,7 +63,7 @@ class Worlds:
     def try_(self, architecture: Architecture) -> Row:
         pool = getattr(self._own, "pool", None)
         if pool is None:
-            pool = self._own.pool = RankPool(self.sp_size, TIMEOUT_S)
+            pool = self._own.pool = RankPool(1, timeout_s=TIMEOUT_S)
             self._open.add(pool)
         try:
             by_rank = pool.run(try_architecture, architecture, self.sp_size, self.kinds)
@@ -91,17 +92,17 @@ def sweep(
     `again` matches the outcomes that count as none.
     """
     known = {row.architecture for row in read_rows(path) if not _is_due(row, again)}
-    worlds = Worlds(sp_size, kinds)
-    count = max((os.cpu_count() or 1) // sp_size, 1)
+    workers = Workers(sp_size, kinds)
+    count = os.cpu_count() or 1
     try:
         with ThreadPoolExecutor(count) as threads:
-            pending = [threads.submit(worlds.try_, each) for each in architectures if each not in known]
+            pending = [threads.submit(workers.try_, each) for each in architectures if each not in known]
             for done in as_completed(pending):
                 with path.open("a") as file:
                     file.write(_line(done.result()))
                 yield done.result()
     finally:
-        worlds.close()
+        workers.close()
 
 
 def _is_due(row: Row, again: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""A trial: one tiny model, one kind of input, whole and on P ranks; what came of it is its outcome.
+"""A trial: one tiny model, one kind of input, whole and on P ranks, real or simulated; what came of it is its outcome.
 
 exact        loss, outputs and every gradient within the tolerance
 gathered     exact too, with operations that every rank runs whole: `cost` names them
@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from surgery.api import restore, transform
 from surgery.batches import is_applicable, make_batch
-from surgery.comparison import TOLERANCE, Reference, float_is_double, run_sharded, run_whole, worst
+from surgery.comparison import TOLERANCE, Reference, float_is_double, run_sharded, run_simulated, run_whole, worst
 from surgery.errors import SurgeryError
 
 EXACT, GATHERED, REFUSED, UNRUNNABLE, WRONG = "exact", "gathered", "refused", "unrunnable", "wrong"
@@ -51,7 +51,10 @@ class Outcome:
 
 
 def try_model(make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: list[str]) -> list[Outcome]:
-    """The outcomes on this rank, one for each of `kinds` that the model takes; every rank calls this alike."""
+    """The outcomes on this rank, one for each of `kinds` that the model takes; every rank calls this alike.
+
+    Where there is no process group, the ranks are simulated: one capture instead of P.
+    """
     try:
         model = build(make, config)
     except Exception as error:
@@ -111,8 +114,9 @@ def _trial(model: nn.Module, config: PreTrainedConfig, sp_size: int, kind: str, 
 
 
 def _judge(model: Any, reference: Reference, batch: dict[str, Any], kind: str, tolerance: float) -> Outcome:
+    run = run_sharded if dist.is_initialized() else run_simulated
     try:
-        errors = run_sharded(model, reference, batch)
+        errors = run(model, reference, batch)
     except Exception as failure:
         return Outcome(kind, REFUSED, explain(failure))
     own, where = worst(errors)
@@ -123,6 +127,8 @@ def _judge(model: Any, reference: Reference, batch: dict[str, Any], kind: str, t
 
 
 def _largest_of_ranks(error: float) -> float:
+    if not dist.is_initialized():
+        return error
     largest = torch.tensor(error, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest)
