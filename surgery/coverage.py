@@ -46,6 +46,8 @@ def _head(rows: Sequence[Row], sp_size: int) -> Iterator[str]:
     yield "same facts as data. Proof by real processes, for a configuration of your own: `surgery verify MODEL`."
     yield ""
     yield f"Inputs: {', '.join(kinds)}. Allowed error: 1e-5 in float32; what is above is measured in float64 again."
+    revisions = Counter(row.revision or "unknown" for row in rows).most_common()
+    yield f"Revisions tried: {', '.join(f'{name} ({count} rows)' for name, count in revisions)}."
     yield ""
     yield "| outcome | architectures | of those that run | |"
     yield "|---|---:|---:|---|"

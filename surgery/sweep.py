@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,20 @@ TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture and what came of its trials."""
+    """One architecture and what came of its trials, with the `revision` of this package that was tried."""
 
     architecture: Architecture
     outcomes: tuple[Outcome, ...]
+    revision: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self.architecture), "outcomes": [outcome.to_dict() for outcome in self.outcomes]}
+        outcomes = [outcome.to_dict() for outcome in self.outcomes]
+        return {**asdict(self.architecture), "revision": self.revision, "outcomes": outcomes}
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Row:
         architecture = Architecture(facts["task"], facts["class_name"], facts["model_type"])
-        return cls(architecture, tuple(Outcome(**outcome) for outcome in facts["outcomes"]))
+        return cls(architecture, tuple(Outcome(**outcome) for outcome in facts["outcomes"]), facts["revision"])
 
 
 def try_architecture(architecture: Architecture, sp_size: int, kinds: list[str]) -> list[dict[str, Any]]:
@@ -93,16 +96,24 @@ def sweep(
     """
     known = {row.architecture for row in read_rows(path) if not _is_due(row, again)}
     workers = Workers(sp_size, kinds)
-    count = os.cpu_count() or 1
+    count, revision = os.cpu_count() or 1, current_revision()
     try:
         with ThreadPoolExecutor(count) as threads:
             pending = [threads.submit(workers.try_, each) for each in architectures if each not in known]
             for done in as_completed(pending):
+                row = replace(done.result(), revision=revision)
                 with path.open("a") as file:
-                    file.write(_line(done.result()))
-                yield done.result()
+                    file.write(_line(row))
+                yield row
     finally:
         workers.close()
+
+
+def current_revision() -> str:
+    """The commit that this package is at, short; "" where it is not in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _is_due(row: Row, again: str | None) -> bool:
