@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import transformers
 
+from surgery.catalog import list_architectures
 from surgery.sweep import Row
 from surgery.trial import EXACT, FINE, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome
 
@@ -24,7 +25,7 @@ LONGEST_CELL = 160
 
 def coverage_page(rows: Sequence[Row], sp_size: int) -> str:
     """The page as Markdown."""
-    return "\n".join([*_head(rows, sp_size), *_table(rows), *_reasons(rows)]) + "\n"
+    return "\n".join([*_head(rows, sp_size), *_table(rows), *_reasons(rows), *_untried(rows)]) + "\n"
 
 
 def verdict_of(row: Row) -> str:
@@ -93,6 +94,16 @@ def _reasons(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
         yield f"- **{reason}** ({len(names)}): {', '.join(names)}"
+
+
+def _untried(rows: Sequence[Row]) -> Iterator[str]:
+    tried = {row.architecture for row in rows}
+    names = [each.class_name for each in list_architectures() if each not in tried]
+    if names:
+        yield ""
+        yield f"## Not tried yet ({len(names)})"
+        yield ""
+        yield ", ".join(names)
 
 
 def _family(outcome: Outcome) -> str:
