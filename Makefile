@@ -1,5 +1,6 @@
 # make demo    train a small Llama over two sequence-parallel ranks beside its unsharded self, and compare the losses
-# make test    every test;  PYTEST="-m 'not slow'" leaves the slow ones out
+# make test    every capability, on a sample of the architectures
+# make test-all    every test, hours of them
 # make lint    ruff and mypy
 # make examples    the demo and the other examples
 # make sweep   every text architecture of transformers, whole and sharded; ARGS="--again refused" repeats those
@@ -18,13 +19,16 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 
-.PHONY: demo test lint examples sweep clean
+.PHONY: demo test test-all lint examples sweep clean
 
 demo: $(INSTALLED)
 	$(TORCHRUN) examples/train_long_context.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'sweep or not sweep' $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
