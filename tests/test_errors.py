@@ -261,7 +261,7 @@ def test_random_numbers_for_whole_values_are_refused() -> None:
         transform(model, 2)
 
 
-def test_an_attention_call_with_something_for_each_head_is_refused() -> None:
+def test_an_attention_call_with_something_for_each_head_is_refused_on_request() -> None:
     class Sloped(LlamaAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             kwargs["slopes"] = torch.ones(8)
@@ -269,8 +269,9 @@ def test_an_attention_call_with_something_for_each_head_is_refused() -> None:
 
     model = make_model("llama")
     model.model.layers[1].self_attn.__class__ = Sloped
-    with pytest.raises(CaptureError, match=r"model\.layers\.1\.self_attn passes slopes of shape \(8,\).*8 heads"):
-        transform(model, 2)
+    named = r"Sloped is called whole.*model\.layers\.1\.self_attn passes slopes of shape \(8,\).*8 heads"
+    with pytest.raises(UnsupportedOperationError, match=named):
+        transform(model, 2, on_unknown="refuse")
 
 
 class Reversed(torch.autograd.Function):
