@@ -85,13 +85,15 @@ def prove_head(auto: Any, name: str, sp_size: int, batch: Any = None, **changes:
     return compare(model, sp_size, BATCHES[auto]() if batch is None else batch)
 
 
-@pytest.mark.parametrize("sp_size", [2, 4])
-@pytest.mark.parametrize("name", ["bart", "t5"])
+PAIRS = [(name, sp_size) for name in ("bart", "t5") for sp_size in (2, 4)]
+
+
+@pytest.mark.parametrize(("name", "sp_size"), sampled(PAIRS, {("bart", 2), ("bart", 4), ("t5", 4)}))
 def test_encoder_decoder(ranks: RankPool, name: str, sp_size: int) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, sp_size))
 
 
-@pytest.mark.parametrize("name", sampled(["mbart", "pegasus"], {"pegasus"}))
+@pytest.mark.parametrize("name", sampled(["mbart", "pegasus"], []))
 def test_encoder_decoder_with_given_ids(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, 4, given()))
 
@@ -108,7 +110,7 @@ def test_sound_is_whole_and_its_text_sharded(ranks: RankPool) -> None:
 MASKED = ("albert", "bert", "deberta-v2", "electra", "modernbert", "roberta")
 
 
-@pytest.mark.parametrize("name", sampled(MASKED, {"bert", "deberta-v2", "modernbert"}))
+@pytest.mark.parametrize("name", sampled(MASKED, {"deberta-v2", "modernbert"}))
 def test_masked_language_model(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForMaskedLM, name, 4))
 
