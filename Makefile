@@ -40,6 +40,7 @@ examples: $(INSTALLED) demo
 	$(TORCHRUN) examples/compile_model.py
 	$(TORCHRUN) examples/migrate_from_deepspeed.py
 	$(TORCHRUN) examples/deepspeed_zero.py
+	$(TORCHRUN) examples/custom_attention.py
 
 sweep: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m surgery sweep $(ARGS)
