@@ -88,6 +88,7 @@ def _trace(model: nn.Module, signature: Signature, example: tuple[int, ...], opa
         recording = stack.enter_context(recorded_attention(model))
         stack.enter_context(_traceable_config(model))
         stack.enter_context(_without_checkpointing(model))
+        stack.enter_context(_without_saving())
         stack.enter_context(as_unsharded(model))
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
@@ -215,6 +216,13 @@ def _traceable_config(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name, value in previous:
             setattr(config, name, value)
+
+
+@contextmanager
+def _without_saving() -> Iterator[None]:
+    """Keep the caller's saved-tensor hooks (offloading, counting) away from what the trace saves: it has no memory."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 @contextmanager

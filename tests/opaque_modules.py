@@ -122,7 +122,7 @@ class Remembering(Loop):
 
 
 class Overwriting(Loop):
-    """Writes to what it was given."""
+    """Writes to what it was given: the layer around it does not, and is called whole instead."""
 
     def forward(self, x: Tensor) -> Tensor:
         output = super().forward(x)
@@ -137,11 +137,10 @@ class Halving(Loop):
         return super().forward(x)[:, : x.shape[1] // 2]
 
 
-EXACT: tuple[type[nn.Module], ...] = (Loop, Branching, AroundPair, StraightThrough)
+EXACT: tuple[type[nn.Module], ...] = (Loop, Branching, AroundPair, StraightThrough, Overwriting)
 REFUSED: dict[type[nn.Module], str] = {
     Clipped: "not linear",
     Remembering: "keeps state from call to call",
-    Overwriting: "writes to its inputs",
 }
 
 

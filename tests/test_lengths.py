@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery import InputError, restore, transform
+from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
 from surgery.private import GroupName
 from tests.planted import PLANTED, make_planted
@@ -82,16 +82,21 @@ def test_every_planted_operation(pair: RankPool, name: str) -> None:
 
 
 def _prove_otherwise(length: int) -> list[dict[str, float]]:
-    """Gradient checkpointing, gradients that add up, one token, an odd fixed length."""
+    """Gradient checkpointing, gradients that add up, an odd fixed length."""
     checkpointed = make_model("llama")
     checkpointed.gradient_checkpointing_enable()
     batch = make_batch(2, length)
     return [
         compare(checkpointed, 4, batch),
         compare(make_model("llama"), 4, batch, gradients="sum", scale=4),
-        compare(make_model("llama"), 4, {"input_ids": batch["input_ids"][:, :1]}),
         compare(make_model("llama"), 4, batch, seq_length=length, seq_length_is_variable=False),
     ]
+
+
+def test_one_token_is_refused() -> None:
+    model = transform(make_model("llama"), 4)
+    with pytest.raises(CaptureError, match="expected sequences of two tokens or more"):
+        model.surgery.prepare(input_ids=make_batch(2, 1)["input_ids"])
 
 
 def test_odd_lengths_with_options(ranks: RankPool) -> None:

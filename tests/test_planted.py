@@ -6,12 +6,18 @@ import pytest
 
 from surgery import UnsupportedOperationError, transform
 from tests.planted import PLANTED, make_planted
-from tests.proof import assert_exact, compare
+from tests.proof import assert_exact, compare, float_is_double
 from tests.ranks import RankPool
 from tests.zoo import make_batch, make_model
 
+CANCELLING = {"layer_norm_over_tokens"}
+"""It undoes the scale before it, whose gradient is zero in exact arithmetic: rounding noise in float32."""
+
 
 def _prove_planted(name: str) -> dict[str, float]:
+    if name in CANCELLING:
+        with float_is_double():
+            return compare(make_planted(name).double(), 2, make_batch(2, 32))
     return compare(make_planted(name), 2, make_batch(2, 32))
 
 

@@ -295,3 +295,16 @@ def _branches() -> list[float]:
 def test_branches_and_settings_are_followed(ranks: RankPool) -> None:
     for errors in ranks.run(_branches):
         assert max(errors) <= TOLERANCE_F32
+
+
+def _address(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().data_ptr()
+    return tensor
+
+
+def test_the_first_call_under_saved_tensor_hooks() -> None:
+    """Offloading, or counting, what is saved must not meet the tensors without memory of a trace."""
+    model = transform(make_model("llama"), 2)
+    with torch.autograd.graph.saved_tensors_hooks(_address, _address):
+        model.surgery.prepare(**make_batch(1, 32))
+    assert len(model.surgery.programs) == 2
