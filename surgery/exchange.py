@@ -10,6 +10,8 @@ all-to-alls then send flat runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def _exchange_even_heads(tokens: Tokens, length: int, plan: HeadPlan, axis: Axis
     packed = torch.cat([part.flatten(3) for part in parts], dim=-1)
     sent = [packed.shape[1]] * axis.size
     received = all_to_all_runs(packed.flatten(0, 1), sent, run_lengths(length, axis.size), axis.group_name)
-    return _taken_apart(received, [(part.shape[3], part.shape[4]) for part in parts])
+    query, key, value = _taken_apart(received, [(part.shape[3], part.shape[4]) for part in parts])
+    return query, key, value
 
 
 def _by_destination(x: Tensor, size: int) -> Tensor:
@@ -53,48 +56,47 @@ def _by_destination(x: Tensor, size: int) -> Tensor:
     return copies.flatten(1, 2).unsqueeze(2).permute(1, 3, 0, 2, 4)
 
 
-def _taken_apart(received: Tensor, parts: list[tuple[int, int]]) -> Tokens:
-    """`[S, B, F]` as query, key and value, `[B, heads, S, H]` each; `parts` are their heads and head sizes."""
+def _taken_apart(received: Tensor, parts: list[tuple[int, int]]) -> list[Tensor]:
+    """`[S, B, F]` as tensors `[B, heads, S, H]`; `parts` are their heads and head sizes."""
     pieces = received.split([heads * head_size for heads, head_size in parts], dim=-1)
-    query, key, value = (
-        split_dim(piece, 2, part).permute(1, 2, 0, 3) for piece, part in zip(pieces, parts, strict=True)
-    )
-    return query, key, value
+    return [split_dim(piece, 2, part).permute(1, 2, 0, 3) for piece, part in zip(pieces, parts, strict=True)]
 
 
 def _exchange_uneven_heads(tokens: Tokens, length: int, plan: HeadPlan, axis: Axis) -> Tokens:
-    """Packed flat, [S/P, B, F] for one rank after the other, each F its own: what arrives is [S, B, F] in order."""
+    owned = [(plan.heads(rank), plan.kv_heads(rank), plan.kv_heads(rank)) for rank in range(axis.size)]
+    query, key, value = exchange_flat(tokens, owned, length, axis)
+    return query, grouped(key, plan, axis), grouped(value, plan, axis)
+
+
+def exchange_flat(tokens: Sequence[Tensor], owned: Sequence[Sequence[range]], length: int, axis: Axis) -> list[Tensor]:
+    """Send each rank the heads it owns, in one all-to-all: `[B, N, S/P, H] -> [B, own heads, S, H]` for each tensor.
+
+    `owned[rank]` has a range of heads for each of `tokens`. Packed flat, [S/P, B, F] for one rank after the other, each
+    F its own: what arrives is [S, B, F] in order.
+    """
     batch_size = tokens[0].shape[0]
-    packets = [_packet(tokens, plan, rank) for rank in range(axis.size)]
-    own = [(len(heads), x.shape[3]) for heads, x in zip(_owned(plan, axis.rank), tokens, strict=True)]
-    num_features = sum(heads * head_size for heads, head_size in own)
+    packets = [_packet(tokens, heads) for heads in owned]
+    parts = [(len(heads), x.shape[3]) for heads, x in zip(owned[axis.rank], tokens, strict=True)]
+    num_features = sum(count * head_size for count, head_size in parts)
     received = all_to_all_runs(
         torch.cat([packet.flatten() for packet in packets]),
         [packet.numel() for packet in packets],
         [run * batch_size * num_features for run in run_lengths(length, axis.size)],
         axis.group_name,
     )
-    query, key, value = _taken_apart(received.view(length, batch_size, num_features), own)
-    index = plan.kv_index(axis.rank)
-    if index is None:
-        return query, key, value
-    return query, _selected(key, index), _selected(value, index)
+    return _taken_apart(received.view(length, batch_size, num_features), parts)
 
 
-def _packet(tokens: Tokens, plan: HeadPlan, rank: int) -> Tensor:
-    """What `rank` is sent: `[S/P, B, F]`."""
-    pairs = zip(tokens, _owned(plan, rank), strict=True)
-    cut = [x.narrow(1, heads.start, len(heads)) for x, heads in pairs]
+def _packet(tokens: Sequence[Tensor], owned: Sequence[range]) -> Tensor:
+    """What one rank is sent: `[S/P, B, F]`."""
+    cut = [x.narrow(1, heads.start, len(heads)) for x, heads in zip(tokens, owned, strict=True)]
     return torch.cat([x.permute(2, 0, 1, 3).flatten(2) for x in cut], dim=-1)
 
 
-def _owned(plan: HeadPlan, rank: int) -> tuple[range, range, range]:
-    """The query, key and value heads of `rank`."""
-    return plan.heads(rank), plan.kv_heads(rank), plan.kv_heads(rank)
-
-
-def _selected(x: Tensor, index: tuple[int, ...]) -> Tensor:
-    return torch.stack([x.select(1, head) for head in index], dim=1)
+def grouped(x: Tensor, plan: HeadPlan, axis: Axis) -> Tensor:
+    """Key or value heads such that equal groups of this rank's query heads share them, one after the other."""
+    index = plan.kv_index(axis.rank)
+    return x if index is None else torch.stack([x.select(1, head) for head in index], dim=1)
 
 
 def exchange_to_sequence(output: Tensor, num_heads: int, axis: Axis) -> Tensor:

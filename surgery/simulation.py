@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery import collectives, cross_exchange, exchange
+from surgery import collectives, exchange
 from surgery.collectives import Axis
 from surgery.private import GroupName
 
@@ -105,8 +105,5 @@ def simulated_ranks(size: int) -> Iterator[Callable[[Callable[[Axis], Any]], lis
         return [future.result() for future in futures]
 
     simulated = {name: getattr(meeting, name) for name in COLLECTIVES}
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(collectives, **simulated))
-        for module in (cross_exchange, exchange):
-            stack.enter_context(mock.patch.object(module, ALL_TO_ALL, simulated[ALL_TO_ALL]))
+    with mock.patch.multiple(collectives, **simulated), mock.patch.object(exchange, ALL_TO_ALL, simulated[ALL_TO_ALL]):
         yield run
