@@ -10,8 +10,9 @@ do not grow with the tokens, or grow faster, and `bytes_per_call` says how, in l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import sympy
@@ -27,20 +28,15 @@ from surgery.shapes import product, shape_of
 Direction = Literal["forward", "backward"]
 
 DETACH = torch.ops.aten.detach.default
-CROSS_EXCHANGES = (cross_exchange.exchange_queries, cross_exchange.exchange_keys)
-EXCHANGES = (exchange.exchange_to_heads, exchange.exchange_to_sequence)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A collective and its adjoint. For each byte of the whole value one rank sends `sent` times (P-1)/P bytes.
-
-    What an exchange sends follows from its heads instead.
-    """
+    """A collective, its adjoint, and the bytes that one rank sends for a node that calls it."""
 
     forward: str
     backward: str
-    sent: sympy.Expr
+    sent: Callable[[fx.Node, Notation], sympy.Expr]
 
 
 @dataclass(frozen=True)
@@ -75,12 +71,11 @@ def find_traffic(program: Program) -> tuple[Traffic, ...]:
 def find_collectives(program: Program) -> Iterator[Collective]:
     """The collectives that the graph calls, each followed by its adjoint where a gradient flows back."""
     notation = notation_of(program.context)
-    kinds = _kinds(notation.sp_size)
     differentiable = find_differentiable(program.graph)
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in kinds:
-            kind = kinds[node.target]
-            size = _sent(node, kind, notation)
+        if node.op == "call_function" and node.target in KINDS:
+            kind = KINDS[node.target]
+            size = kind.sent(node, notation)
             yield Collective(kind.forward, "forward", size)
             if node in differentiable:
                 yield Collective(kind.backward, "backward", size)
@@ -99,29 +94,15 @@ def find_differentiable(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _kinds(sp_size: int) -> dict[Any, Kind]:
-    return {
-        exchange.exchange_to_heads: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
-        exchange.exchange_to_sequence: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
-        cross_exchange.exchange_queries: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
-        cross_exchange.exchange_keys: Kind("all-to-all", "all-to-all", sympy.Integer(0)),
-        collectives.gather: Kind("all-gather", "reduce-scatter", sympy.Integer(1)),
-        collectives.all_reduce: Kind("all-reduce", "all-reduce", sympy.Integer(2)),
-    }
-
-
-def _sent(node: fx.Node, kind: Kind, notation: Notation) -> sympy.Expr:
-    """The bytes one rank sends, the busiest where an exchange gives some more heads than others."""
-    if node.target in EXCHANGES:
-        return _exchanged(node, notation)
-    if node.target in CROSS_EXCHANGES:
-        return _cross_exchanged(node, notation)
+def _shared(node: fx.Node, notation: Notation, *, times: int) -> sympy.Expr:
+    """For each byte of the whole value a rank sends `times` (P-1)/P bytes."""
     value = node.meta["val"]
     size = notation.letters(product(shape_of(value))) * value.element_size()
-    return size * kind.sent * sympy.Rational(notation.sp_size - 1, notation.sp_size)
+    return size * times * sympy.Rational(notation.sp_size - 1, notation.sp_size)
 
 
 def _exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
+    """By the plan of the heads; of the busiest rank, where some have more than others."""
     value = node.meta["val"]
     is_first = node.target is exchange.exchange_to_heads
     query, key, output = value if is_first else (value, value, value)
@@ -141,6 +122,16 @@ def _cross_exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
     size = sum(int(x.shape[3]) * x.element_size() for x in tokens)
     shape = shape_of(tokens[0])
     return notation.letters(shape[0] * shape[2]) / notation.sp_size * (sum(counts) - min(counts)) * size
+
+
+KINDS: dict[Any, Kind] = {
+    exchange.exchange_to_heads: Kind("all-to-all", "all-to-all", _exchanged),
+    exchange.exchange_to_sequence: Kind("all-to-all", "all-to-all", _exchanged),
+    cross_exchange.exchange_queries: Kind("all-to-all", "all-to-all", _cross_exchanged),
+    cross_exchange.exchange_keys: Kind("all-to-all", "all-to-all", _cross_exchanged),
+    collectives.gather: Kind("all-gather", "reduce-scatter", partial(_shared, times=1)),
+    collectives.all_reduce: Kind("all-reduce", "all-reduce", partial(_shared, times=2)),
+}
 
 
 def _total(group: list[Collective], sp_size: int) -> Traffic:
