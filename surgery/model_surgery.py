@@ -39,6 +39,9 @@ from surgery.sharded_inputs import assemble, gather_slices
 from surgery.signature import BoundCall, Signature, TensorInput, autocast_dtype, bind_call, describe_tensors
 from surgery.state import check_state, fingerprint
 
+Inputs = tuple[TensorInput, ...]
+Constants = tuple[tuple[str, Any], ...]
+
 
 class ModelSurgery:
     """The programs of one transformed model, its process groups, and the forward that dispatches between them.
@@ -104,11 +107,20 @@ class ModelSurgery:
         if not torch.compiler.is_compiling():
             self._check_agreement(call, (inputs, constants))
         check_call(call, self.options, self.model.training)
-        find = find_while_compiling if torch.compiler.is_compiling() else find_program
-        program = self.programs[find(self, inputs, constants, self.model.training, None)]
+        find = self._find_while_compiling if torch.compiler.is_compiling() else self._find
+        return find(call, inputs, constants).run(self.model, call.tensors, deal_out)
+
+    def _find(self, call: BoundCall, inputs: Inputs, constants: Constants) -> Program:
+        signature = read_signature(self, inputs, constants, self.model.training)
+        program = self.programs[find_program(self, signature, None)]
+        return self.programs[find_program(self, signature, call.sizes)] if program.has_assumptions else program
+
+    def _find_while_compiling(self, call: BoundCall, inputs: Inputs, constants: Constants) -> Program:
+        """The same; sizes are asked for only where they matter, as Dynamo makes constants of those that are."""
+        program = self.programs[find_while_compiling(self, inputs, constants, self.model.training, None)]
         if program.has_assumptions:
-            program = self.programs[find(self, inputs, constants, self.model.training, call.sizes)]
-        return program.run(self.model, call.tensors, deal_out)
+            program = self.programs[find_while_compiling(self, inputs, constants, self.model.training, call.sizes)]
+        return program
 
     def gather(self, value: Tensor, dim: int = 1, *, length: int | None = None) -> Tensor:
         """Make a sharded output, such as logits [B, S/P, V], whole on every rank: [B, S, V]. Differentiable.
@@ -142,7 +154,8 @@ class ModelSurgery:
         """Capture and rewrite the graph for a call with these arguments, without running it."""
         call = bind_call(self._parameters, args, kwargs)
         constants = tuple(sorted(call.constants.items()))
-        return self.programs[find_program(self, describe_tensors(call), constants, self.model.training, call.sizes)]
+        signature = read_signature(self, describe_tensors(call), constants, self.model.training)
+        return self.programs[find_program(self, signature, call.sizes)]
 
     def _check_agreement(self, call: BoundCall, key: tuple[Any, ...]) -> None:
         """Compare the batch between the ranks, as often as `check_inputs` asks for."""
@@ -191,19 +204,17 @@ def find_cuts(model: nn.Module) -> Cuts:
     return Cuts(hooked_modules(model), checkpointed_layers(model))
 
 
-def find_program(
-    surgery: ModelSurgery,
-    inputs: tuple[TensorInput, ...],
-    constants: tuple[tuple[str, Any], ...],
-    is_training: bool,
-    sizes: tuple[int, ...] | None,
-) -> int:
-    """The index of the program for a call, captured now if there is none; `sizes` (B, S, T): one that serves them."""
+def read_signature(surgery: ModelSurgery, inputs: Inputs, constants: Constants, is_training: bool) -> Signature:
+    """The signature of a call of the model as it is now. Raises where a graph would drop something of it."""
     check_state(surgery.model)
     if surgery.mpu is not None:
         check_engine(surgery.model, surgery.options.gradients, surgery.mpu)
     autocast = autocast_dtype(inputs[0].device.type)
-    signature = Signature(inputs, constants, is_training, autocast, fingerprint(surgery.model))
+    return Signature(inputs, constants, is_training, autocast, fingerprint(surgery.model))
+
+
+def find_program(surgery: ModelSurgery, signature: Signature, sizes: tuple[int, ...] | None) -> int:
+    """The index of the program for a call, captured now if there is none; `sizes` (B, S, T): one that serves them."""
     for index, program in enumerate(surgery.programs):
         if program.signature == signature and (sizes is None or program.serves(*sizes)):
             surgery.programs[index] = relink(program, find_cuts(surgery.model))
@@ -215,12 +226,12 @@ def find_program(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def find_while_compiling(
-    surgery: ModelSurgery,
-    inputs: tuple[TensorInput, ...],
-    constants: tuple[tuple[str, Any], ...],
-    is_training: bool,
-    sizes: tuple[int, ...] | None,
+    surgery: ModelSurgery, inputs: Inputs, constants: Constants, is_training: bool, sizes: tuple[int, ...] | None
 ) -> int:
     """`find_program` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach."""
+
+    def find() -> int:
+        return find_program(surgery, read_signature(surgery, inputs, constants, is_training), sizes)
+
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(find_program, surgery, inputs, constants, is_training, sizes).result()
+        return thread.submit(find).result()
