@@ -26,7 +26,9 @@ def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:
     """Raise `InputError` on every rank of `group` if their calls differ in arguments, sizes or contents."""
     device = next(iter(call.tensors.values())).device
     row = torch.tensor(
-        [[_names(call), call.batch_size, *_two_lengths(call), _checksum(call)]], dtype=torch.float64, device=device
+        [[hash_arguments(call), call.batch_size, *_two_lengths(call), _checksum(call)]],
+        dtype=torch.float64,
+        device=device,
     )
     rows = all_gather_first_dim(row, group.size(), group.group_name)
     for field, column in zip(FIELDS, rows.T.tolist(), strict=True):
@@ -61,7 +63,8 @@ def _two_lengths(call: BoundCall) -> tuple[int, int]:
     return lengths[0], lengths[1]
 
 
-def _names(call: BoundCall) -> int:
+def hash_arguments(call: BoundCall) -> int:
+    """A number that differs where the names, dtypes or ranks of the tensors, or the constants, do."""
     described = [(name, str(tensor.dtype), tensor.ndim) for name, tensor in sorted(call.tensors.items())]
     return zlib.crc32(repr((described, sorted(call.constants.items()))).encode())
 

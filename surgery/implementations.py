@@ -21,7 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from surgery.axis import first_token
 from surgery.collectives import Axis
 from surgery.errors import CaptureError, InputError
-from surgery.own_heads import HeadView, OwnHeads
+from surgery.own_heads import HeadView, OwnHeads, cut_heads
 from surgery.private import flex_heads_from
 from surgery.randomness import rank_stream
 from surgery.recorded import RecordedCall
@@ -115,7 +115,7 @@ def sdpa(
     if query.shape[1] == 0:
         return without_heads(query, key, value, dropout, axis)
     num_groups = query.shape[1] // key.shape[1]
-    mask = _of_own_heads(mask, query.shape[1], axis)
+    mask = _of_own_heads(mask, 1, query.shape[1], axis) if mask is not None else None
     if mask is not None and num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     with _dropout_stream(dropout, axis.rank, query.device):
@@ -155,7 +155,8 @@ def written_out(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = _masked(scores, _of_own_heads(mask, query.shape[1], axis), is_causal)
+    mask = _of_own_heads(mask, 1, query.shape[1], axis) if mask is not None else None
+    scores = _masked(scores, mask, is_causal)
     shares = _softmax_with_sinks(scores, sinks, axis).to(query.dtype)
     with _dropout_stream(dropout, axis.rank, query.device):
         return F.dropout(shares, dropout, dropout > 0.0) @ value
@@ -170,11 +171,9 @@ def without_heads(query: Tensor, key: Tensor, value: Tensor, dropout: float, axi
         return query @ key.transpose(2, 3) @ value
 
 
-def _of_own_heads(mask: Tensor | None, num_heads: int, axis: Axis) -> Tensor | None:
-    """A mask for each head, [B, N, S, S], cut to this rank's; one that heads share, [B, 1, S, S], as it is."""
-    if mask is None or mask.shape[1] in (1, num_heads):
-        return mask
-    return mask.narrow(1, first_token(mask.shape[1], axis.rank, axis.size), num_heads)
+def _of_own_heads(x: Tensor, dim: int, num_heads: int, axis: Axis) -> Tensor:
+    """What has an entry for each head in `dim` cut to this rank's `num_heads`; what heads share as it is."""
+    return cut_heads(x, dim, first_token(x.shape[dim], axis.rank, axis.size), num_heads)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -190,9 +189,7 @@ def _softmax_with_sinks(scores: Tensor, sinks: Tensor | None, axis: Axis) -> Ten
     """Softmax over the keys; `sinks` [N] of all heads take their share of it, those of this rank's heads."""
     if sinks is None:
         return scores.softmax(-1, dtype=_at_least_float32(scores.dtype))
-    is_whole = sinks.shape[0] == scores.shape[1]
-    first = 0 if is_whole else first_token(sinks.shape[0], axis.rank, axis.size)
-    own = sinks.narrow(0, first, scores.shape[1]).view(1, -1, 1, 1)
+    own = _of_own_heads(sinks, 0, scores.shape[1], axis).view(1, -1, 1, 1)
     whole = torch.cat([scores, own.to(scores.dtype).expand(scores.shape[0], -1, scores.shape[2], -1)], dim=-1)
     return whole.softmax(-1, dtype=_at_least_float32(scores.dtype))[..., :-1]
 

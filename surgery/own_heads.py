@@ -25,6 +25,11 @@ PER_HEAD = {"s_aux": 0, "position_bias": 1}
 WITHOUT_HEADS = frozenset({"position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"})
 
 
+def cut_heads(x: Tensor, dim: int, first: int, count: int) -> Tensor:
+    """An operand with an entry for each head cut to a run of `count`; one that all heads share as it is."""
+    return x if x.shape[dim] in (1, count) else x.narrow(dim, first, count)
+
+
 @dataclass(frozen=True)
 class OwnHeads:
     """This rank's run of the query heads, of how many in all, and the key and value heads that it was sent."""
@@ -37,7 +42,7 @@ class OwnHeads:
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """An operand with an entry for each head cut to this rank's; one that all heads share as it is."""
-        return x if x.shape[dim] in (1, self.count) else x.narrow(dim, self.first, self.count)
+        return cut_heads(x, dim, self.first, self.count)
 
     def cut_mask(self, mask: Any) -> Any:
         """A mask [B, N, S, S] or [B, 1, S, S], as a tensor or in blocks; padding [B, S] is shared by all heads."""

@@ -10,13 +10,13 @@ leaves the graph as shards of equal runs is dealt out again, so that every rank 
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from surgery.agreement import hash_arguments
 from surgery.axis import Axis, run_lengths
 from surgery.collectives import gather_runs
 from surgery.errors import InputError
@@ -111,10 +111,8 @@ def exchange_lengths(call: BoundCall, problem: str | None, axis: Axis) -> Runs:
         if problem is not None:
             raise InputError(problem)
         return (call.length,) * axis.size
-    described = [(name, str(tensor.dtype), tensor.ndim) for name, tensor in sorted(call.tensors.items())]
-    names = zlib.crc32(repr((described, sorted(call.constants.items()))).encode())
     device = next(iter(call.tensors.values())).device
-    row = torch.tensor([[names, call.batch_size, problem is not None, call.length]], device=device)
+    row = torch.tensor([[hash_arguments(call), call.batch_size, problem is not None, call.length]], device=device)
     rows = all_gather_first_dim(row, axis.size, axis.group_name)
     *columns, lengths = rows.T.tolist()
     if any(columns[2]):

@@ -21,9 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import find_packed_sequence_indices
 
 from surgery.collectives import Axis
 from surgery.errors import InputError
+from surgery.mask_making import TORCH_SDPA, mask_maker
+from surgery.own_heads import cut_heads
 from surgery.sharded_inputs import Runs, assemble
 from surgery.signature import BoundCall
 
@@ -146,7 +149,7 @@ class WholeArguments:
         for name in SINKS:
             if isinstance(whole.get(name), Tensor):
                 own = self.num_heads // self.axis.size
-                whole[name] = whole[name].narrow(0, self.axis.rank * own, own)
+                whole[name] = cut_heads(whole[name], 0, self.axis.rank * own, own)
         for name in OFFSETS:
             total = query.shape[0] * facts.length
             if whole.get(name) is not None and int(whole[name][-1]) != total:
@@ -159,7 +162,7 @@ class WholeArguments:
     def _own_heads(self, mask: Tensor) -> Tensor:
         """A mask for each head cut to this rank's; one that heads share as it is."""
         own = self.num_heads // self.axis.size
-        return mask if mask.shape[1] == 1 else mask.narrow(1, self.axis.rank * own, own)
+        return cut_heads(mask, 1, self.axis.rank * own, own)
 
 
 def _mask(query: Tensor, mask: Tensor | None, facts: Facts, pattern: Pattern) -> Tensor | None:
@@ -180,15 +183,19 @@ def draw(
     pattern: Pattern, length: int, device: torch.device, padding: Tensor | None, documents: Tensor | None
 ) -> Tensor:
     """The boolean mask [B, 1, S, S] of a pattern: True where a query sees a key."""
-    query = torch.arange(length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None, :]
-    mask = key <= query if pattern.is_causal else torch.ones_like(key <= query)
-    if pattern.window is not None:
-        mask = mask & (key > query - pattern.window)
-    mask = mask[None, None]
-    if documents is not None:
-        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    return mask if padding is None else mask & padding[:, None, None, :].bool()
+    given = padding if padding is not None else documents
+    mask: Tensor = mask_maker(TORCH_SDPA)(
+        batch_size=1 if given is None else given.shape[0],
+        query_length=length,
+        key_length=length,
+        device=device,
+        may_skip=False,
+        lifted=[],
+        padding=padding.bool() if padding is not None else None,
+        documents=documents,
+        **pattern._asdict(),
+    )
+    return mask
 
 
 class Said(NamedTuple):
@@ -201,10 +208,10 @@ class Said(NamedTuple):
 
 def _read(mask: Tensor | None, positions: Tensor | None, pattern: Pattern, query: Tensor) -> Said:
     batch_size, length = query.shape[0], query.shape[2]
-    documents = None if positions is None else number_documents(positions)
+    documents = None if positions is None else find_packed_sequence_indices(positions)
     everything = torch.ones(batch_size, length, dtype=torch.long, device=query.device)
     if mask is None:
-        return Said(everything, SEPARATE if documents is not None and bool(documents.any()) else UNKNOWN)
+        return Said(everything, SEPARATE if documents is not None else UNKNOWN)
     if mask.ndim == 2:
         return Said(mask.long(), JOINED)
     return read_block(mask, documents, pattern, everything) if mask.shape[3] == length else Said(everything)
@@ -245,19 +252,13 @@ def check_positions(positions: Tensor, lengths: Runs, *, has_offsets: bool) -> N
         )
 
 
-def number_documents(positions: Tensor) -> Tensor:
-    """The number of the document that each token is in: a new one begins where positions do not rise by one."""
-    steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1)
-    return (steps != 1).cumsum(-1)
-
-
 def find_documents(positions: Tensor, said: Tensor) -> Tensor | None:
     """The documents that are to be kept apart, or None: one alone, or some that the shards' masks join.
 
     transformers looks for documents where it is given no padding mask, and not where it is given one.
     """
-    documents, kinds = number_documents(positions), set(said.unique().tolist())
-    if not bool(documents.any()):
+    documents, kinds = find_packed_sequence_indices(positions), set(said.unique().tolist())
+    if documents is None:
         return None
     if {SEPARATE, JOINED} <= kinds:
         raise InputError(
