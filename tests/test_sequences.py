@@ -19,7 +19,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from surgery import transform
+from surgery import restore, transform
+from tests.counting import CollectiveCounter
 from tests.proof import assert_exact, compare
 from tests.ranks import RankPool
 from tests.sampling import sampled
@@ -91,6 +92,31 @@ PAIRS = [(name, sp_size) for name in ("bart", "t5") for sp_size in (2, 4)]
 @pytest.mark.parametrize(("name", "sp_size"), sampled(PAIRS, {("bart", 2), ("bart", 4), ("t5", 4)}))
 def test_encoder_decoder(ranks: RankPool, name: str, sp_size: int) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, sp_size))
+
+
+def _count_collectives() -> tuple[dict[str, int], list[int], dict[str, int], list[int]]:
+    """A step of bart with S = 32 and T = 24 on 4 ranks: its collectives and the bytes of its all-to-alls, each way."""
+    model = transform(make_model("bart", auto=AutoModelForSeq2SeqLM), 4)
+    batch = {"input_ids": make_batch(B, 32)["input_ids"], "labels": make_batch(B, 24)["labels"]}
+    with CollectiveCounter() as forward:
+        loss = model(**batch).loss
+    with CollectiveCounter() as backward:
+        loss.backward()
+    restore(model)
+    sizes = [sorted(counter.sizes_bytes["all_to_all_single"]) for counter in (forward, backward)]
+    return dict(forward.calls), sizes[0], dict(backward.calls), sizes[1]
+
+
+def test_cross_attention_sends_queries_and_keys_apart(ranks: RankPool) -> None:
+    """Nothing is gathered, and no rank sends a token's head twice: the first all-gather compares the ranks' batches."""
+    num_layers, heads_bytes = 2, 8 * 8 * 4  # of one token: 8 heads of 8 numbers
+    source, target = B * 32 // 4 * heads_bytes, B * 24 // 4 * heads_bytes
+    encoder, decoder, across = [3 * source, source], [3 * target, target], [target, 2 * source, target]
+    expected = sorted((encoder + decoder + across) * num_layers)
+    for forward, sent_forward, backward, sent_backward in ranks.run(_count_collectives):
+        assert forward == {"all_gather_into_tensor": 1, "all_to_all_single": 7 * num_layers, "all_reduce": 1}
+        assert backward == {"all_to_all_single": 7 * num_layers, "all_reduce": 1}
+        assert sent_forward == sent_backward == expected
 
 
 @pytest.mark.parametrize("name", sampled(["mbart", "pegasus"], []))
