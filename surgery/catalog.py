@@ -17,6 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
+from surgery.errors import ConfigurationError
+
 MAPPINGS = {
     "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -60,11 +62,29 @@ def list_architectures() -> list[Architecture]:
     return list(found.values())
 
 
-def find_architecture(config: PreTrainedConfig) -> Architecture | None:
-    """The architecture that a configuration names, or the first one listed for its model type."""
+def find_architecture(config: PreTrainedConfig) -> Architecture:
+    """The architecture that a configuration names, or else the one of its model type that has all its parts.
+
+        bart, is_encoder_decoder      ->  BartForConditionalGeneration, not its decoder alone
+        bert, is_decoder False        ->  BertForMaskedLM
+        bert, is_decoder True; llama  ->  BertLMHeadModel; LlamaForCausalLM
+
+    Raises `ConfigurationError` where it is no language model's.
+    """
     named = list(getattr(config, "architectures", None) or [])
     entries = [Architecture(task, name, kind) for task, kind, name in _entries() if kind == config.model_type]
-    return next((entry for entry in entries if entry.class_name in named), entries[0] if entries else None)
+    ranked = sorted(entries, key=lambda entry: (entry.class_name not in named, entry.task != _natural_task(config)))
+    if not ranked:
+        raise ConfigurationError(
+            f"expected a causal, sequence-to-sequence or masked language model, found {type(config).__name__}."
+        )
+    return ranked[0]
+
+
+def _natural_task(config: PreTrainedConfig) -> str:
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    return "masked-lm" if getattr(config, "is_decoder", None) is False else "causal-lm"
 
 
 def _is_named_after(architecture: Architecture) -> bool:

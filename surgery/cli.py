@@ -23,11 +23,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from surgery.api import transform
 from surgery.batches import KINDS
-from surgery.catalog import list_architectures
+from surgery.catalog import find_architecture, list_architectures
 from surgery.coverage import coverage_page, verdict_of
 from surgery.errors import ConfigurationError, SurgeryError
 from surgery.metadata import OnUnknown
@@ -122,14 +122,9 @@ def load_config(source: str) -> Any:
 
 def build_on_meta(config: Any) -> nn.Module:
     """A model in training mode without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"expected a causal language model, found {type(config).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-    return model.train()
+    architecture = find_architecture(config)
+    with torch.device("meta"):
+        return architecture.make(architecture.as_decoder(config)).train()
 
 
 def choose(surgery: ModelSurgery, *, layer: int | None, has_graph: bool) -> Report | GraphPrintout:

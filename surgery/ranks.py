@@ -1,21 +1,24 @@
 """Real ranks on one machine: processes joined by gloo, started once and kept, that run functions sent to them.
 
-    pool.run(function, *args)   ->   [result of rank 0, result of rank 1, ...]
+    pool.run(function, *args)      ->   [result of rank 0, result of rank 1, ...]
+    pool.stream(generator, *args)  ->   the same for each value that it yields, as they come
 
 A world of four serves both sizes: sp_size 4, and sp_size 2 as a grid of dp 2 x sp 2.
 """
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 TIMEOUT_S = 600
+END = "no more values"
 PRELOADED = ["torch", "transformers", "transformers.exporters", "surgery"]
 
 
@@ -45,8 +48,21 @@ class RankPool:
 
         Raises `RanksLostError` where a rank dies, or does not answer in time: the world can only be closed then.
         """
+        self._send((function, args, kwargs))
+        return self._answers()
+
+    def stream(self, generator: Callable[..., Iterator[Any]], *args: Any) -> Iterator[list[Any]]:
+        """What `generator` yields on every rank, step by step: no rank goes on before all have answered."""
+        self._send((generator, args, {}))
+        while (answers := self._answers()) != [END] * len(self._pipes):
+            yield answers
+            self._send(None)
+
+    def _send(self, message: Any) -> None:
         for pipe in self._pipes:
-            pipe.send((function, args, kwargs))
+            pipe.send(message)
+
+    def _answers(self) -> list[Any]:
         answers = [self._answer(rank, pipe) for rank, pipe in enumerate(self._pipes)]
         failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text is not None]
         assert not failures, "\n".join(failures)
@@ -82,6 +98,12 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            pipe.send((None, function(*args, **kwargs)))
+            result = function(*args, **kwargs)
+            if inspect.isgenerator(result):
+                for value in result:
+                    pipe.send((None, value))
+                    pipe.recv()
+                result = END
+            pipe.send((None, result))
         except BaseException:
             pipe.send((traceback.format_exc(), None))

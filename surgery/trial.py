@@ -10,10 +10,11 @@ wrong        off by `error`, most of all `where`
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from surgery.api import restore, transform
-from surgery.batches import is_applicable, make_batch
-from surgery.comparison import TOLERANCE, Reference, float_is_double, run_sharded, run_simulated, run_whole, worst
+from surgery.batches import Batch, is_applicable, make_batch
+from surgery.comparison import TOLERANCE, float_is_double, run_sharded, run_simulated, run_whole, worst
 from surgery.errors import SurgeryError
 
 EXACT, GATHERED, REFUSED, UNRUNNABLE, WRONG = "exact", "gathered", "refused", "unrunnable", "wrong"
@@ -50,19 +51,18 @@ class Outcome:
         return asdict(self)
 
 
-def try_model(make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: list[str]) -> list[Outcome]:
-    """The outcomes on this rank, one for each of `kinds` that the model takes; every rank calls this alike.
+def try_model(make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: Sequence[str]) -> Iterator[Outcome]:
+    """The outcome of each of `kinds` on this rank, as they come; every rank calls this alike.
 
     Where there is no process group, the ranks are simulated: one capture instead of P.
     """
     try:
         model = build(make, config)
     except Exception as error:
-        return [Outcome(kind, UNRUNNABLE, explain(error)) for kind in kinds]
-    applicable = [kind for kind in kinds if is_applicable(kind, model)]
-    if not applicable:
-        return [Outcome(kind, UNRUNNABLE, "its forward takes no such arguments") for kind in kinds]
-    return [try_kind(model, config, sp_size, kind) for kind in applicable]
+        yield from (Outcome(kind, UNRUNNABLE, explain(error)) for kind in kinds)
+        return
+    with Patient(model, config, sp_size) as patient:
+        yield from (try_kind(patient, kind) for kind in kinds)
 
 
 def build(make: MakeModel, config: PreTrainedConfig) -> nn.Module:
@@ -75,55 +75,79 @@ def build(make: MakeModel, config: PreTrainedConfig) -> nn.Module:
     return model.train()
 
 
-def try_kind(model: nn.Module, config: PreTrainedConfig, sp_size: int, kind: str) -> Outcome:
+class Patient:
+    """A model and its transformed twin, which all kinds of input share: a signature is captured once."""
+
+    def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int) -> None:
+        self.model, self.config, self.sp_size = model, config, sp_size
+        self.refusal = ""
+        self._twin: Any = None
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Patient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.model.parameters())
+
+    def transformed(self) -> Any:
+        """The twin, without gradients; None where `transform` said no, and `refusal` says why."""
+        if self._twin is None and not self.refusal:
+            twin = copy.deepcopy(self.model)
+            try:
+                self._twin = transform(twin, self.sp_size)
+                self._closing.callback(restore, twin)
+            except Exception as error:
+                self.refusal = explain(error)
+        if self._twin is not None:
+            self._twin.zero_grad()
+        return self._twin
+
+    @functools.cached_property
+    def in_float64(self) -> Patient:
+        twin = copy.deepcopy(self.model).double()
+        for module in twin.modules():
+            if hasattr(getattr(module, "config", None), "_experts_implementation"):
+                module.config._experts_implementation = "eager"  # type: ignore[union-attr]  # grouped_mm has no float64
+        return self._closing.enter_context(Patient(twin, self.config, self.sp_size))
+
+
+def try_kind(patient: Patient, kind: str) -> Outcome:
     """One trial in float32; what looks wrong there is measured again in float64, which tells errors from rounding."""
     started = time.perf_counter()
-    outcome = _trial(model, config, sp_size, kind, torch.float32)
+    outcome = _trial(patient, kind)
     if outcome.verdict == WRONG and outcome.error is not None:
-        again = _trial(_in_float64(model), config, sp_size, kind, torch.float64)
+        with float_is_double():
+            again = _trial(patient.in_float64, kind)
         if again.verdict in FINE:
             note = f"float32 rounding {outcome.error:.0e}, float64 {again.error:.0e}"
             outcome = Outcome(kind, again.verdict, note, again.error, again.where, again.cost)
     return Outcome(**{**outcome.to_dict(), "elapsed_s": round(time.perf_counter() - started, 1)})
 
 
-def _in_float64(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model).double()
-    for module in twin.modules():
-        if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            module.config._experts_implementation = "eager"  # type: ignore[union-attr]  # grouped_mm has no float64
-    return twin
-
-
-def _trial(model: nn.Module, config: PreTrainedConfig, sp_size: int, kind: str, dtype: torch.dtype) -> Outcome:
-    batch = make_batch(kind, config)
-    with float_is_double() if dtype == torch.float64 else nullcontext():
-        try:
-            reference = run_whole(copy.deepcopy(model), batch)
-        except Exception as error:
-            return Outcome(kind, UNRUNNABLE, explain(error))
-        twin: Any = copy.deepcopy(model)
-        try:
-            transform(twin, sp_size)
-        except Exception as error:
-            return Outcome(kind, REFUSED, explain(error))
-        try:
-            return _judge(twin, reference, batch, kind, TOLERANCE[dtype])
-        finally:
-            restore(twin)
-
-
-def _judge(model: Any, reference: Reference, batch: dict[str, Any], kind: str, tolerance: float) -> Outcome:
+def _trial(patient: Patient, kind: str) -> Outcome:
+    if not is_applicable(kind, patient.model):
+        return Outcome(kind, UNRUNNABLE, "its forward takes no such arguments")
+    batch = make_batch(kind, patient.config)
+    try:
+        reference = run_whole(copy.deepcopy(patient.model), batch)
+    except Exception as error:
+        return Outcome(kind, UNRUNNABLE, explain(error))
+    model = patient.transformed()
+    if model is None:
+        return Outcome(kind, REFUSED, patient.refusal)
     run = run_sharded if dist.is_initialized() else run_simulated
     try:
-        errors = run(model, reference, batch)
-    except Exception as failure:
-        return Outcome(kind, REFUSED, explain(failure))
-    own, where = worst(errors)
-    error, cost = _largest_of_ranks(own), describe_cost(model)
-    if error > tolerance:
-        return Outcome(kind, WRONG, error=error, where=where, cost=cost)
-    return Outcome(kind, GATHERED if cost else EXACT, error=error, where=where, cost=cost)
+        own, where = worst(run(model, reference, batch))
+    except Exception as error:
+        return Outcome(kind, REFUSED, explain(error))
+    largest, cost = _largest_of_ranks(own), describe_cost(model, batch)
+    verdict = WRONG if largest > TOLERANCE[patient.dtype] else GATHERED if cost else EXACT
+    return Outcome(kind, verdict, error=largest, where=where, cost=cost)
 
 
 def _largest_of_ranks(error: float) -> float:
@@ -134,9 +158,9 @@ def _largest_of_ranks(error: float) -> float:
     return float(largest)
 
 
-def describe_cost(model: Any) -> str:
-    """Which operations every rank runs whole, counted: `conv1d x 2, cumsum`; "" where there are none."""
-    program = model.surgery.programs[-1]
+def describe_cost(model: Any, batch: Batch) -> str:
+    """Which operations every rank runs whole for a call, counted: `conv1d x 2, cumsum`; "" where there are none."""
+    program = model.surgery.prepare(**batch)
     counts: dict[str, int] = {}
     for row in model.surgery.report(program).to_dict()["gathered"]:
         name = row["first"]["operation"]

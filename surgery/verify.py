@@ -85,10 +85,6 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
 def verify(config: PreTrainedConfig, sp_size: int, done: Callable[[str], None] = lambda kind: None) -> Verification:
     """Shrink `config` and try every kind of input on `sp_size` ranks; `done` is called with each kind when it is."""
     architecture = find_architecture(config)
-    if architecture is None:
-        raise ConfigurationError(
-            f"expected a causal, sequence-to-sequence or masked language model, found {type(config).__name__}."
-        )
     try:
         small = architecture.as_decoder(shrink(config, sp_size))
     except Exception as error:
@@ -101,12 +97,13 @@ def verify(config: PreTrainedConfig, sp_size: int, done: Callable[[str], None] =
 def _outcomes(
     architecture: Architecture, config: PreTrainedConfig, sp_size: int, done: Callable[[str], None]
 ) -> Iterator[Outcome]:
-    pool = RankPool(sp_size, TIMEOUT_S)
+    pool, kinds = RankPool(sp_size, TIMEOUT_S), list(KINDS)
+    waiting = list(kinds)
     try:
-        for kind in KINDS:
-            yield from pool.run(try_model, architecture.make, config, sp_size, [kind])[0]
-            done(kind)
+        for by_rank in pool.stream(try_model, architecture.make, config, sp_size, kinds):
+            yield by_rank[0]
+            done(waiting.pop(0))
     except (RanksLostError, AssertionError) as error:
-        yield Outcome(kind, REFUSED, explain(error))
+        yield Outcome(waiting[0], REFUSED, explain(error))
     finally:
         pool.close()

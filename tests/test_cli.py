@@ -53,9 +53,9 @@ def test_refused_for_a_string_that_is_no_model(tmp_path: Path, capsys: pytest.Ca
     assert "expected a hub name, a directory" in capsys.readouterr().err
 
 
-def test_refused_for_a_model_that_is_no_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_for_a_model_without_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "vit"]) == 1
-    assert "expected a causal language model" in capsys.readouterr().err
+    assert "language model, found ViTConfig" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["inspect"], ["inspect", "llama", "--sp-size", "0"], ["operate", "llama"]])
