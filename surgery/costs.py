@@ -5,11 +5,13 @@
     all_reduce     all-reduce                all-reduce                 where a gradient flows
 
 Bytes are those that one rank sends. `bytes_per_token` counts them for each token the rank holds; it is None where they
-do not grow with the tokens, or grow faster, and `bytes_per_call` says how, in letters.
+do not grow with the tokens, or grow faster, and `bytes_per_call` says how, in letters. An encoder-decoder has two kinds
+of tokens, those of the source S and of the target T, and a count for each.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,8 @@ from torch import Tensor, fx
 
 from surgery import collectives, cross_exchange, exchange
 from surgery.head_plan import HeadPlan
-from surgery.notation import BATCH, LENGTH, Notation, notation_of, spell
+from surgery.metadata import Context, Site
+from surgery.notation import BATCH, LENGTHS, Notation, notation_of, spell
 from surgery.program import Program
 from surgery.shapes import product, shape_of
 
@@ -50,12 +53,12 @@ class Collective:
 
 @dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind and direction."""
+    """All collectives of one kind and direction; of an encoder-decoder, bytes for each token of S, and of T."""
 
     kind: str
     direction: Direction
     count: int
-    bytes_per_token: int | None
+    bytes_per_token: tuple[int, ...] | None
     bytes_per_call: str
 
 
@@ -64,7 +67,7 @@ def find_traffic(program: Program) -> tuple[Traffic, ...]:
     found: dict[tuple[str, Direction], list[Collective]] = {}
     for collective in find_collectives(program):
         found.setdefault((collective.kind, collective.direction), []).append(collective)
-    rows = [_total(group, program.context.axis.size) for group in found.values()]
+    rows = [_total(group, program.context) for group in found.values()]
     return tuple(sorted(rows, key=lambda row: (row.direction == "backward", -row.count)))
 
 
@@ -134,13 +137,28 @@ KINDS: dict[Any, Kind] = {
 }
 
 
-def _total(group: list[Collective], sp_size: int) -> Traffic:
-    total = sum(collective.size_bytes for collective in group)
-    per_token = sympy.simplify(total / (BATCH * LENGTH / sp_size))
-    return Traffic(
-        group[0].kind,
-        group[0].direction,
-        len(group),
-        int(per_token) if per_token.is_Integer else None,
-        spell(sympy.expand(total)),
-    )
+def site_bytes(site: Site, context: Context) -> tuple[int, ...]:
+    """What a rank sends around one attention call, forward, for each token it holds: of S, and of T if there is one."""
+    sources = [getattr(arg, "args", (arg,))[0] if _is_part(arg) else arg for arg in site.node.args]
+    around = {node for node in (*sources, *site.node.users) if isinstance(node, fx.Node) and node.target in KINDS}
+    notation = notation_of(context)
+    sent = per_token(sum(KINDS[node.target].sent(node, notation) for node in around), context)
+    assert sent is not None
+    return sent
+
+
+def per_token(size: sympy.Expr, context: Context) -> tuple[int, ...] | None:
+    """`size` bytes of a call as so many for each token a rank holds: of S, and of T if there is one; None if unlike."""
+    held = [BATCH * length / context.axis.size for length in LENGTHS[: len(context.lengths)]]
+    counts = [sympy.expand(size).coeff(BATCH * length) * context.axis.size for length in LENGTHS[: len(held)]]
+    rest = sympy.simplify(size - sum(count * tokens for count, tokens in zip(counts, held, strict=True)))
+    return tuple(map(int, counts)) if rest == 0 and all(count.is_Integer for count in counts) else None
+
+
+def _is_part(arg: object) -> bool:
+    return isinstance(arg, fx.Node) and arg.target is operator.getitem
+
+
+def _total(group: list[Collective], context: Context) -> Traffic:
+    total = sympy.expand(sum(collective.size_bytes for collective in group))
+    return Traffic(group[0].kind, group[0].direction, len(group), per_token(total, context), spell(total))

@@ -99,11 +99,6 @@ class Site:
         """Which rank attends with which heads."""
         return HeadPlan(self.num_heads, self.num_kv_heads, sp_size)
 
-    def bytes_per_token(self, sp_size: int) -> int:
-        """Bytes that the busiest rank sends forward for each token it holds; backward sends as many again."""
-        plan = self.plan(sp_size)
-        return sum(plan.most_bytes_per_token(self.head_size, self.value_head_size, self.element_size_bytes))
-
 
 @dataclass(frozen=True)
 class Skip:

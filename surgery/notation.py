@@ -5,7 +5,7 @@
     (s72, 32, s38, 128)    heads(1)       [B, 32/P, S, 128]
     FloorDiv(s38, 8)                      S/P
 
-Letters: B batch, S sequence, P sequence-parallel ranks; heads and features are numbers.
+Letters: B batch, S sequence, T a decoder's sequence, P sequence-parallel ranks; heads and features are numbers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from surgery.placement import HeadSharded, Placement, Sharded
 from surgery.shapes import Lengths, shape_of, to_expr
 
 BATCH, LENGTH, DECODER_LENGTH, RANKS = sympy.symbols("B S T P", positive=True, integer=True)
+LENGTHS = (LENGTH, DECODER_LENGTH)
 HIDDEN = frozenset({"axis", "device", "layout", "length", "num_heads", "pin_memory"})
 DEFAULTS = {"dropout": 0.0, "inner": 1, "outer": 1}
 LAST_INDEX = torch.iinfo(torch.int64).max
@@ -52,7 +53,7 @@ class Notation:
 
     def letters(self, expr: sympy.Expr) -> sympy.Expr:
         """`expr` with the graph's symbols replaced by B, S and T, and whole divisions by P written as such."""
-        names = dict(zip(self.lengths, (LENGTH, DECODER_LENGTH), strict=False))
+        names = dict(zip(self.lengths, LENGTHS, strict=False))
         renamed = expr.xreplace({**names, self.batch: BATCH} if self.batch is not None else names)
         return renamed.replace(FloorDiv, self._division)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from surgery.costs import find_traffic
+from surgery.costs import find_traffic, site_bytes
 from surgery.layers import fold
 from surgery.metadata import Context, PassRecord, Site, facts_of
 from surgery.notation import notation_of, short_dtype, spell
@@ -85,7 +85,7 @@ def _site_row(site: Site, context: Context, bypass: str | None) -> SiteRow:
     heads, kv_heads = ([len(own(rank)) for rank in range(sp_size)] for own in (plan.heads, plan.kv_heads))
     is_exchanged = isinstance(facts_of(site.node).placement, HeadSharded)
     skipped = "bypassed: its tokens are whole on every rank"
-    size = site.bytes_per_token(sp_size) if is_exchanged else 0
+    size = site_bytes(site, context) if is_exchanged else (0,) * len(context.lengths)
     return SiteRow(
         path=site.module_path,
         source_line=site.source_line,

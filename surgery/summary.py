@@ -32,7 +32,10 @@ class Header:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One attention call; heads are the most that one rank has (and the fewest), bytes what it sends for each token."""
+    """One attention call; heads are the most that one rank has (and the fewest), bytes what it sends for each token.
+
+    Of an encoder-decoder they are two numbers: for each token of the source, and of the target.
+    """
 
     path: str
     source_line: str
@@ -44,8 +47,8 @@ class SiteRow:
     kv_heads_per_rank: int
     implementation: str
     mask: str
-    forward_bytes_per_token: int
-    backward_bytes_per_token: int
+    forward_bytes_per_token: tuple[int, ...]
+    backward_bytes_per_token: tuple[int, ...]
     status: str
 
 

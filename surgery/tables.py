@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from surgery.costs import Traffic
 from surgery.summary import PassRow, Summary
 from surgery.text import bytes_text
 
@@ -26,9 +27,8 @@ def attention(summary: Summary) -> Shown:
     if not summary.sites:
         return
     calls = sum(row.count for row in summary.sites)
-    yield _title(
-        f"Attention: {_counted(calls, 'call')}", "bytes: sent by one rank for each token it holds, forward + backward"
-    )
+    held = "each token it holds" if _sequences(summary) == 1 else "each token of S, of T"
+    yield _title(f"Attention: {_counted(calls, 'call')}", f"bytes: sent by one rank for {held}, forward + backward")
     table = _table("site", "heads>", "KV heads>", "runs as", "bytes>", "exchange")
     table.columns[0].min_width = min(max(len(row.path) for row in summary.sites) + len(" × 99"), WIDEST_SITE)
     for row in summary.sites:
@@ -39,10 +39,16 @@ def attention(summary: Summary) -> Shown:
             f"{_range(site.fewest_heads_per_rank, site.heads_per_rank)} of {site.num_heads}",
             f"{_range(site.fewest_kv_heads_per_rank, site.kv_heads_per_rank)} of {site.num_kv_heads}",
             f"{site.implementation}\n{site.mask}",
-            f"{site.forward_bytes_per_token:,} + {site.backward_bytes_per_token:,}",
+            _sent_both_ways(site.forward_bytes_per_token, site.backward_bytes_per_token),
             site.status,
         )
     yield table
+
+
+def _sent_both_ways(forward: tuple[int, ...], backward: tuple[int, ...]) -> str:
+    """`1,536 + 1,536`; of two sequences a line for each: `S 1,024 + 1,024`, `T 512 + 512`."""
+    pairs = zip(("", "") if len(forward) == 1 else ("S ", "T "), forward, backward, strict=False)
+    return "\n".join(f"{name}{sent:,} + {returned:,}" for name, sent, returned in pairs if sent or returned or not name)
 
 
 def _range(fewest: int, most: int) -> str:
@@ -56,20 +62,37 @@ def cost(summary: Summary) -> Shown:
     yield _title("Cost of a step", "bytes sent by one rank, for each token it holds")
     table = _table("", "collective", "calls>", "bytes>", "")
     for row in summary.traffic:
-        is_per_token = row.bytes_per_token is not None
-        size = f"{row.bytes_per_token:,}" if is_per_token else row.bytes_per_call
-        _add(table, row.direction, row.kind, f"{row.count:,}", size, "a token" if is_per_token else "in all")
+        size, unit = _size(row)
+        _add(table, row.direction, row.kind, f"{row.count:,}", size, unit)
     yield table
     share = EXAMPLE_LENGTH // header.sp_size
     sent = " and ".join(f"{bytes_text(share * _per_token(summary, way))} {way}" for way in ("forward", "backward"))
+    whole, held = f"one sequence of {EXAMPLE_LENGTH:,} tokens", f"{share:,}"
+    if _sequences(summary) == 2:
+        whole, held = f"a source S and a target T of {EXAMPLE_LENGTH:,} tokens each", f"{share:,} of either"
     yield _note(
         f"Each rank holds 1/{header.sp_size} of the tokens, and inside attention 1/{header.sp_size} of the heads. "
-        f"Of one sequence of {EXAMPLE_LENGTH:,} tokens it holds {share:,} and sends {sent}."
+        f"Of {whole} it holds {held} and sends {sent}."
     )
 
 
+def _size(row: Traffic) -> tuple[str, str]:
+    """The bytes of a row of the table of costs, and what they are counted for."""
+    if row.bytes_per_token is None:
+        return row.bytes_per_call, "in all"
+    if len(row.bytes_per_token) == 1:
+        return f"{row.bytes_per_token[0]:,}", "a token"
+    of_source, of_target = row.bytes_per_token
+    return f"{of_source:,} + {of_target:,}", "a token of S + of T"
+
+
 def _per_token(summary: Summary, direction: str) -> int:
-    return sum(row.bytes_per_token or 0 for row in summary.traffic if row.direction == direction)
+    return sum(sum(row.bytes_per_token or ()) for row in summary.traffic if row.direction == direction)
+
+
+def _sequences(summary: Summary) -> int:
+    """1, or 2 for the source and the target of an encoder-decoder."""
+    return max((len(row.bytes_per_token or ()) for row in summary.traffic), default=1)
 
 
 def outputs(summary: Summary) -> Shown:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoModelForSeq2SeqLM
 
 from surgery import transform
 from surgery.layers import fold_indices, split_path
@@ -28,6 +29,11 @@ def llama() -> Any:
 @pytest.fixture(scope="module")
 def planted() -> Any:
     return transform(make_planted("cumsum"), SP_SIZE)
+
+
+@pytest.fixture(scope="module")
+def bart() -> Any:
+    return transform(make_model("bart", auto=AutoModelForSeq2SeqLM), SP_SIZE)
 
 
 def report_of(model: Any) -> Report:
@@ -64,7 +70,7 @@ def test_site_bytes_are_the_lower_bound(llama: Any) -> None:
     heads, kv_heads, head_size, element_size = 8, 4, 8, 4
     assert (row.count, row.path) == (2, "model.layers.{0..1}.self_attn")
     features = 2 * heads // SP_SIZE * head_size + 2 * kv_heads // SP_SIZE * head_size
-    assert row.first.forward_bytes_per_token == (SP_SIZE - 1) * features * element_size
+    assert row.first.forward_bytes_per_token == ((SP_SIZE - 1) * features * element_size,)
     assert row.first.status == "exchanged"
 
 
@@ -77,8 +83,21 @@ def test_traffic_is_two_all_to_alls_a_call_and_scalars(llama: Any) -> None:
         ("backward", "all-to-all"): 4,
         ("backward", "all-reduce"): 1,
     }
-    exchanged = sum(row.count * row.first.forward_bytes_per_token for row in summary.sites)
-    assert summary.traffic[0].bytes_per_token == exchanged
+    exchanged = sum(row.count * row.first.forward_bytes_per_token[0] for row in summary.sites)
+    assert summary.traffic[0].bytes_per_token == (exchanged,)
+
+
+def test_golden_with_two_sequences(bart: Any) -> None:
+    text = report_of(bart).to_text(100)
+    check_golden("report_bart_100.txt", text[text.index("Attention") : text.index("\nOutputs")].rstrip())
+
+
+def test_cross_attention_sends_keys_of_the_source_and_queries_of_the_target(bart: Any) -> None:
+    summary = report_of(bart).summary
+    encoder, own, cross = (row.first.forward_bytes_per_token for row in summary.sites)
+    way = (SP_SIZE - 1) * 8 // SP_SIZE * 8 * 4  # 8 heads of 8 floats, of which 1/P goes to each other rank
+    assert (encoder, own, cross) == ((4 * way, 0), (0, 4 * way), (2 * way, 2 * way))
+    assert summary.traffic[0].bytes_per_token == (2 * (4 + 2) * way, 2 * (4 + 2) * way)
 
 
 def test_gathered_operation_is_named_and_costed(planted: Any) -> None:
@@ -87,8 +106,8 @@ def test_gathered_operation_is_named_and_costed(planted: Any) -> None:
     assert (row.first.operation, row.path) == ("cumsum", "model.layers.0.mlp")
     traffic = {row.kind: row for row in summary.traffic}
     hidden_bytes = 64 * 4
-    assert traffic["all-gather"].bytes_per_token == (SP_SIZE - 1) * hidden_bytes
-    assert traffic["reduce-scatter"].bytes_per_token == (SP_SIZE - 1) * hidden_bytes
+    assert traffic["all-gather"].bytes_per_token == ((SP_SIZE - 1) * hidden_bytes,)
+    assert traffic["reduce-scatter"].bytes_per_token == ((SP_SIZE - 1) * hidden_bytes,)
 
 
 def test_backward_counts_only_where_a_gradient_flows() -> None:
