@@ -5,6 +5,7 @@
 
 After this pass a size in the graph is global by definition. Only arguments that *allocate* (view, expand, zeros) are
 made local later, by insert-conversions; a size used as a number (the divisor of a mean) stays what the model meant.
+A size that counts something in the data (the result of nonzero) is no sequence's, and stays as it is read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
-from surgery.shapes import to_expr
+from surgery.shapes import is_counted, to_expr
 from surgery.sizes import size_node
 
 SYM_SIZE = torch.ops.aten.sym_size.int
@@ -31,7 +32,7 @@ class CanonicalizeSizes:
     provides: ClassVar[frozenset[str]] = frozenset({"global-sizes"})
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
-        found = find_sizes(graph)
+        found = [node for node in find_sizes(graph) if not is_counted(to_expr(node.meta["val"]))]
         context.sizes.update(_read_from_inputs(graph, context))
         for node in found:
             with graph.inserting_before(node):

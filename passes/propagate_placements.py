@@ -23,7 +23,7 @@ from surgery.metadata import KEY, Context, NodeFacts, Skip, where
 from surgery.pipeline import PassResult
 from surgery.placement import PARTIAL, REPLICATED, Placement, Sharded
 from surgery.randomness import whole_dropout
-from surgery.regions import check_border, region_of, region_step
+from surgery.regions import check_border, find_regions, region_of, region_step
 from surgery.rules import Call, Step, find_rule
 from surgery.rules.call import make_call, replicated, tensor_nodes
 from surgery.shapes import length_dims, only_length_dim
@@ -51,6 +51,7 @@ class PropagatePlacements:
 def find_placements(graph: fx.Graph, context: Context) -> dict[fx.Node, NodeFacts]:
     """The facts of every node that makes tensors, keyed by node, in graph order."""
     found: dict[fx.Node, NodeFacts] = {}
+    regions = find_regions(graph)
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             found[node] = NodeFacts()
@@ -58,16 +59,16 @@ def find_placements(graph: fx.Graph, context: Context) -> dict[fx.Node, NodeFact
             source = found[node.args[0]]
             found[node] = NodeFacts((source.placements[node.args[1]],), source.family)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            found[node] = _decide(node, found, context)
+            found[node] = _decide(node, found, context, regions)
     return found
 
 
-def _decide(node: fx.Node, found: dict[fx.Node, NodeFacts], context: Context) -> NodeFacts:
+def _decide(node: fx.Node, found: dict[fx.Node, NodeFacts], context: Context, regions: frozenset[str]) -> NodeFacts:
     placements: dict[fx.Node, Placement] = {source: found[source].placement for source in tensor_nodes(node)}
     call = make_call(node, placements, context.lengths)
     if node.target is OPAQUE:
         return _gathered(call, context, context.opaque_calls[call.arguments["call"]].why)
-    if region_of(node) is not None:
+    if region_of(node) in regions:
         step = region_step(call)
         return NodeFacts(step.results, "region" if step.is_sharded else "replicated", step)
     for source in placements:

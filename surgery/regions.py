@@ -10,14 +10,16 @@ mixtral and gpt_oss rows of `tests/test_exactness.py`.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from surgery.errors import UnsupportedOperationError
 from surgery.metadata import NodeFacts, where
 from surgery.placement import REPLICATED, Placement, Sharded
 from surgery.rules.call import Call, Step, tensor_nodes
-from surgery.shapes import Shape, length_dims, quotient
+from surgery.shapes import Shape, length_dims, quotient, shape_of
 
 TOKEN_LOCAL_SUFFIX = "Experts"
 TRUSTED_PACKAGE = "transformers.models."
@@ -38,17 +40,25 @@ def is_region(module_class: type | str) -> bool:
     return name.startswith(TRUSTED_PACKAGE) and name.endswith(TOKEN_LOCAL_SUFFIX)
 
 
-def region_step(call: Call) -> Step:
-    """Run `call` as it is on the tokens of this rank: what has a sequence dimension is a shard of it.
+def find_regions(graph: fx.Graph) -> frozenset[str]:
+    """The paths of the token-local modules in `graph`, but for those that read sizes from data.
 
-    Refused where a size was read from data: it counts the tokens of the whole batch, or of this rank, as it happens.
+    Tokens counted by expert are those of the whole batch: what is in such a module follows the rules, as elsewhere.
     """
-    symbols = {symbol for shape in call.results for size in shape for symbol in size.free_symbols}
-    if any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in symbols):
-        raise UnsupportedOperationError(
-            f"{where(call.node)}: sizes inside the experts depend on data. Expected sizes that follow from the "
-            "inputs'. Use a model whose experts run as one grouped product."
-        )
+    nodes = [(region, node) for node in graph.nodes if (region := region_of(node)) is not None]
+    counting = {region for region, node in nodes if _has_counted_size(node)}
+    return frozenset(region for region, _ in nodes if region not in counting)
+
+
+def _has_counted_size(node: fx.Node) -> bool:
+    values = pytree.tree_leaves(node.meta.get("val"))
+    shapes = [shape_of(value) for value in values if isinstance(value, torch.Tensor)]
+    symbols = {symbol for shape in shapes for size in shape for symbol in size.free_symbols}
+    return any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in symbols)
+
+
+def region_step(call: Call) -> Step:
+    """Run `call` as it is on the tokens of this rank: what has a sequence dimension is a shard of it."""
     operands = tuple(
         operand.placement if operand.is_sharded else _shard_of(operand.shape, call) for operand in call.operands
     )

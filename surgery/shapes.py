@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import sympy
 import torch
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from surgery.placement import ONE, Sharded
 
@@ -21,6 +22,11 @@ def to_expr(size: int | torch.SymInt) -> sympy.Expr:
 def shape_of(value: torch.Tensor) -> Shape:
     """The symbolic shape of a (fake) tensor."""
     return tuple(to_expr(size) for size in value.shape)
+
+
+def is_counted(size: sympy.Expr) -> bool:
+    """Whether a size follows from nothing but data, as the number of nonzero entries does: it is no sequence's."""
+    return bool(size.free_symbols) and all(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in size.free_symbols)
 
 
 def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
