@@ -121,7 +121,7 @@ def run_simulated(model: Any, reference: Reference, batch: Mapping[str, Any]) ->
     errors = {}
     for name, expected in reference.outputs.items():
         found = [values[name] for values in by_rank]
-        wholes = found if all(value.shape == expected.shape for value in found) else [torch.cat(found, dim=1)]
+        wholes = found if all(value.shape == expected.shape for value in found) else [_joined(found, expected)]
         errors[name] = max(relative_error(*_at_tokens(whole, expected, batch)) for whole in wholes)
     if reference.gradients:
         torch.stack([values["loss"] for values in by_rank]).mean().backward()
@@ -150,8 +150,17 @@ def _tensors(output: Any) -> dict[str, Tensor]:
     return {n: v for n, v in output.items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
+def _joined(shards: list[Tensor], expected: Tensor) -> Tensor:
+    return torch.cat(shards, dim=_sharded_dim(shards[0], expected))
+
+
 def _whole(model: Any, value: Tensor, expected: Tensor) -> Tensor:
-    return value if value.shape == expected.shape else model.surgery.gather(value)
+    return value if value.shape == expected.shape else model.surgery.gather(value, _sharded_dim(value, expected))
+
+
+def _sharded_dim(shard: Tensor, expected: Tensor) -> int:
+    """The dimension in which a shard is shorter than the whole."""
+    return next(dim for dim in range(expected.ndim) if shard.shape[dim] != expected.shape[dim])
 
 
 def _at_tokens(found: Tensor, expected: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
