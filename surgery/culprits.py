@@ -46,7 +46,8 @@ class Search:
         try:
             with as_unsharded(self.opaque.model):
                 for path, module in list(self.opaque.paths(request.module_class)):
-                    self.opaque.learnt[path, request.arguments] = learn_results(path, module, request.arguments)
+                    results = learn_results(path, module, request.arguments, request.example)
+                    self.opaque.learnt[path, request.arguments] = results
         except Exception as error:
             self._reject(request.module_class, str(error))
 

@@ -84,6 +84,11 @@ class InputSizes:
                     self.sizes[to_expr(size)] = size
                     self.names[to_expr(size)] = first.setdefault(letter, to_expr(size))
 
+    @property
+    def example(self) -> dict[sympy.Expr, int]:
+        """What the inputs' sizes are in the example that is traced."""
+        return {expr: size.node.hint for expr, size in self.sizes.items()}
+
     def rename(self, shape: Iterable[sympy.Expr]) -> Shape:
         return tuple(expr.subs(self.names) for expr in shape)
 
@@ -174,10 +179,11 @@ def _expressions(leaf: Any) -> tuple[sympy.Expr, ...]:
 class UnlearnedError(CaptureError):
     """The trace met a call whose results are not known yet: they are learnt outside it, and it starts anew."""
 
-    def __init__(self, module_class: type[nn.Module], arguments: Arguments) -> None:
+    def __init__(self, module_class: type[nn.Module], arguments: Arguments, example: dict[sympy.Expr, int]) -> None:
         super().__init__(f"the results of {module_class.__name__} are not known yet")
         self.module_class = module_class
         self.arguments = arguments
+        self.example = example
 
 
 @dataclass
@@ -220,7 +226,7 @@ class OpaqueModules:
             arguments = Arguments(tuple(_describe(value, path, sizes) for value in values), spec)
             results = self.learnt.get((path, arguments))
             if results is None:
-                raise UnlearnedError(type(module), arguments)
+                raise UnlearnedError(type(module), arguments, sizes.example)
             kind = type(module)
             call = OpaqueCall(path, kind.__name__, self.reasons[kind], arguments, results)
             self.calls.append(call)

@@ -134,7 +134,7 @@ S, B = sympy.Symbol("s", integer=True, positive=True), sympy.Symbol("b", integer
 def _learn(module: nn.Module) -> Any:
     spec = pytree.tree_structure(((0,), {}))
     operand = Operand((B, S, sympy.Integer(64)), torch.float32, torch.device("cpu"))
-    return learn_results("mlp", module, Arguments((operand,), spec))
+    return learn_results("mlp", module, Arguments((operand,), spec), {B: 2, S: 64})
 
 
 def test_sizes_are_learnt() -> None:
