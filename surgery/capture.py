@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from surgery.branches import Sides, describe_branches
 from surgery.culprits import trace_around
 from surgery.custom_backward import refuse_custom_backward
 from surgery.errors import CaptureError
+from surgery.manners import Manner
 from surgery.metadata import Skip
 from surgery.opaque import InputSizes, OpaqueCall, OpaqueModules
-from surgery.private import UserError, export_patches, functionalized, refused_specialization
+from surgery.private import UserError, export_patches, functionalized, refused_specialization, told_eager
 from surgery.recorded import RecordedCall, RecordedMask, Recording
 from surgery.recording import recorded_attention
 from surgery.shapes import Lengths, to_expr
@@ -35,20 +39,9 @@ from surgery.stand_ins import as_unsharded
 
 TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
 WRITTEN = ("problem_type",)
-SHORT_LENGTH = 16
 EXAMPLE_COUNT = 3
-POSITION_TABLES = ("max_target_positions", "max_position_embeddings")
 SEQUENCE_NAMES = {"s": "sequence", "t": "decoder_sequence"}
-
-
-class Bounds(NamedTuple):
-    """The shortest and the longest sequence that a graph serves, where it has such limits."""
-
-    low: int | None
-    high: int | None
-
-
-UNBOUNDED = Bounds(None, None)
+MOST_REFINEMENTS = 4
 
 
 @dataclass
@@ -60,29 +53,39 @@ class Capture:
     batch: sympy.Symbol | None
     output_spec: pytree.TreeSpec
     constants: dict[str, Tensor] = field(default_factory=dict)
-    bounds: Bounds = UNBOUNDED
+    assumptions: list[sympy.Basic] = field(default_factory=list)
     calls: list[RecordedCall] = field(default_factory=list)
     masks: list[RecordedMask] = field(default_factory=list)
     opaque_calls: tuple[OpaqueCall, ...] = ()
     attempts: tuple[Skip, ...] = ()
+    sides: Sides = ()
 
 
-def capture(model: nn.Module, signature: Signature, example: tuple[int, ...]) -> Capture:
+def capture(model: nn.Module, signature: Signature, example: tuple[int, ...], sides: Sides | None = None) -> Capture:
     """Trace `model` for `signature` with `torch.export` on an example of these sizes: B sequences of S tokens (and T).
 
     An example of one is captured for just that size: torch.export specializes ones. Modules that cannot be traced
-    become opaque (`surgery/opaque.py`).
+    become opaque (`surgery/opaque.py`). `sides` are those to take of branches on data (`surgery/branches.py`).
 
     Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
     """
     if not signature.letters:
         raise CaptureError(f"expected sequences of two tokens or more, found {signature} of one. Pad it to two.")
-    captured, attempts = trace_around(model, lambda opaque: _trace(model, signature, example, opaque))
-    captured.attempts = attempts
-    return captured
+    manner = Manner(sides)
+    while True:
+        try:
+            captured, attempts = trace_around(model, partial(_trace, model, signature, example, manner))
+        except CaptureError as error:
+            if not manner.advance(error):
+                raise
+        else:
+            captured.attempts = (*attempts, *describe_branches(captured.graph))
+            return captured
 
 
-def _trace(model: nn.Module, signature: Signature, example: tuple[int, ...], opaque: OpaqueModules) -> Capture:
+def _trace(
+    model: nn.Module, signature: Signature, example: tuple[int, ...], manner: Manner, opaque: OpaqueModules
+) -> Capture:
     sizes = InputSizes()
     with ExitStack() as stack:
         recording = stack.enter_context(recorded_attention(model))
@@ -93,10 +96,11 @@ def _trace(model: nn.Module, signature: Signature, example: tuple[int, ...], opa
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
         stack.enter_context(refused_specialization(SpecializedError))
+        stack.enter_context(told_eager(model) if manner.is_told_eager else nullcontext())
         stack.enter_context(opaque.recorded(sizes))
         stack.enter_context(_flat_forward(model, signature, recording, sizes))
         try:
-            program, bounds = _export(model, signature, example)
+            program, ranges = _export(model, signature, example, manner)
             if any(_is_mutable(node) for node in program.graph.nodes):
                 program = functionalized(program)
         except CaptureError:
@@ -108,9 +112,11 @@ def _trace(model: nn.Module, signature: Signature, example: tuple[int, ...], opa
                 "Run the model's code through torch.export.export(strict=False) to see where it stops."
             ) from error
     captured = _to_capture(program, signature)
-    captured.bounds = bounds
+    for length, dim in zip(captured.lengths, ranges, strict=True):
+        captured.assumptions += [sympy.Ge(length, dim.min)] if dim.min else []
+        captured.assumptions += [sympy.Le(length, dim.max)] if isinstance(dim.max, int) else []
     captured.calls, captured.masks = recording.calls, recording.masks
-    captured.opaque_calls = tuple(opaque.calls)
+    captured.opaque_calls, captured.sides = tuple(opaque.calls), manner.taken
     return captured
 
 
@@ -121,43 +127,53 @@ class SpecializedError(CaptureError):
         super().__init__("the code needs as a number a size that varies from call to call")
 
 
-def _export(model: nn.Module, signature: Signature, example: tuple[int, ...]) -> tuple[ExportedProgram, Bounds]:
-    """The exported program, and the tightest bounds on the sequence lengths that it needs."""
+def _export(
+    model: nn.Module, signature: Signature, example: tuple[int, ...], manner: Manner
+) -> tuple[ExportedProgram, list[Dim]]:
+    """The exported program, and the range of each sequence length that it serves.
+
+    A table of positions bounds them from above, a convolution's kernel from below, a branch on the length on its side.
+    torch.export says so when it fails, and is asked again.
+    """
     sizes = dict(zip(("b", *signature.letters), example, strict=True))
     examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
-    candidates = _candidate_bounds(model, max(example[1:], default=1))
-    for bounds in candidates:
+    dims = {"b": Dim("batch"), "n": Dim("count")}
+    dims |= {letter: Dim(SEQUENCE_NAMES[letter]) for letter in signature.letters}
+    for remaining in reversed(range(MOST_REFINEMENTS)):
         try:
-            program = torch.export.export(
-                model,
-                (),
-                examples,
-                dynamic_shapes=_dynamic_shapes(signature, sizes, bounds),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-        except UserError:
-            if bounds is candidates[-1]:
+            with manner.follow():
+                program = torch.export.export(
+                    model,
+                    (),
+                    examples,
+                    dynamic_shapes=_dynamic_shapes(signature, sizes, dims),
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+        except UserError as error:
+            if not remaining or not _refine(dims, error):
                 raise
         else:
-            return program, bounds
-    raise AssertionError("the last candidate either returns or raises")
+            return program, [dims[letter] for letter in signature.letters]
+    raise AssertionError("the last refinement either returns or raises")
 
 
-def _candidate_bounds(model: nn.Module, length: int) -> list[Bounds]:
-    """Any length first; then those a table of positions has, and those that leave room for a slice of a few tokens."""
-    limits = [getattr(getattr(model, "config", None), name, None) for name in POSITION_TABLES]
-    limit = next((limit for limit in limits if isinstance(limit, int)), 0)
-    highs = [None, limit] if limit >= length else [None]
-    lows = [None, SHORT_LENGTH] if length >= SHORT_LENGTH else [None]
-    return [Bounds(low, high) for low in lows for high in highs]
+def _refine(dims: dict[str, Dim], error: UserError) -> bool:
+    """Narrow `dims` to the ranges that `error` suggests; False where it suggests another thing than ranges."""
+    try:
+        refined = refine_dynamic_shapes_from_suggested_fixes(error.msg, {letter: (dims[letter],) for letter in dims})
+    except (UserError, AssertionError):
+        return False
+    assert isinstance(refined, dict)
+    suggested = {letter: dim for letter, (dim,) in refined.items()}
+    if any(type(dim) is not Dim for dim in suggested.values()):  # an int or a multiple is no range
+        return False
+    dims.update(suggested)
+    return True
 
 
-def _dynamic_shapes(signature: Signature, sizes: dict[str, int], bounds: Bounds) -> dict[str, dict[int, Dim]]:
-    dims = {"b": Dim("batch")}
-    dims |= {letter: Dim(SEQUENCE_NAMES[letter], min=bounds.low, max=bounds.high) for letter in signature.letters}
-    dynamic = {letter: dims[letter] for letter, size in sizes.items() if size > 1}
-    dynamic["n"] = Dim("count")
+def _dynamic_shapes(signature: Signature, sizes: dict[str, int], dims: dict[str, Dim]) -> dict[str, dict[int, Dim]]:
+    dynamic = {letter: dim for letter, dim in dims.items() if sizes.get(letter, EXAMPLE_COUNT) > 1}
     return {
         tensor.name: {d: dynamic[str(size)] for d, size in enumerate(tensor.dims) if size in dynamic}
         for tensor in signature.tensors

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import sympy
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from surgery import collectives
 from surgery.agreement import check_same_call, whole_length
+from surgery.branches import OtherBranchError, Sides
 from surgery.capture import capture
 from surgery.checkpointing import checkpointed_layers
 from surgery.checks import check_bypass, check_call, how_to_launch
@@ -107,13 +107,19 @@ class ModelSurgery:
         if not torch.compiler.is_compiling():
             self._check_agreement(call, (inputs, constants))
         check_call(call, self.options, self.model.training)
-        find = self._find_while_compiling if torch.compiler.is_compiling() else self._find
-        return find(call, inputs, constants).run(self.model, call.tensors, deal_out)
+        if torch.compiler.is_compiling():
+            return self._find_while_compiling(call, inputs, constants).run(self.model, call.tensors, deal_out)
+        signature, sides = read_signature(self, inputs, constants, self.model.training), None
+        while True:
+            program = self._find(signature, call.sizes, sides)
+            try:
+                return program.run(self.model, call.tensors, deal_out)
+            except OtherBranchError as error:
+                sides = (*program.sides[: error.index], error.is_taken)
 
-    def _find(self, call: BoundCall, inputs: Inputs, constants: Constants) -> Program:
-        signature = read_signature(self, inputs, constants, self.model.training)
-        program = self.programs[find_program(self, signature, None)]
-        return self.programs[find_program(self, signature, call.sizes)] if program.has_assumptions else program
+    def _find(self, signature: Signature, sizes: tuple[int, ...], sides: Sides | None) -> Program:
+        program = self.programs[find_program(self, signature, None, sides)]
+        return self.programs[find_program(self, signature, sizes, sides)] if program.has_assumptions else program
 
     def _find_while_compiling(self, call: BoundCall, inputs: Inputs, constants: Constants) -> Program:
         """The same; sizes are asked for only where they matter, as Dynamo makes constants of those that are."""
@@ -166,14 +172,14 @@ class ModelSurgery:
         check_same_call(call, self.mpu.get_sequence_parallel_group())
         self._checked.add(key)
 
-    def build(self, signature: Signature, example: tuple[int, ...]) -> Program:
+    def build(self, signature: Signature, example: tuple[int, ...], sides: Sides | None = None) -> Program:
         """Capture the model for `signature`, with an example of these sizes, and run the recipe over its graph."""
         if signature.autocast_dtype is not None:
             raise CaptureError(
                 "torch.autocast is on, and the graph would bake its casts in. Expected plain dtypes. "
                 "Cast the model instead (model.to(torch.bfloat16)), or leave the autocast block."
             )
-        captured = capture(self.model, signature, example)
+        captured = capture(self.model, signature, example, sides)
         options = self.options
         context = Context(
             self.axis,
@@ -188,11 +194,8 @@ class ModelSurgery:
             masks=captured.masks,
             opaque_calls=captured.opaque_calls,
             attempts=captured.attempts,
+            assumptions=captured.assumptions,
         )
-        low, high = captured.bounds
-        for length in captured.lengths:
-            context.assumptions += [sympy.Ge(length, low)] if low is not None else []
-            context.assumptions += [sympy.Le(length, high)] if high is not None else []
         run_pipeline(SEQUENCE_PARALLEL, captured.graph, context)
         for name, value in captured.constants.items():
             setattr(self.constants, name, value)
@@ -213,14 +216,20 @@ def read_signature(surgery: ModelSurgery, inputs: Inputs, constants: Constants, 
     return Signature(inputs, constants, is_training, autocast, fingerprint(surgery.model))
 
 
-def find_program(surgery: ModelSurgery, signature: Signature, sizes: tuple[int, ...] | None) -> int:
-    """The index of the program for a call, captured now if there is none; `sizes` (B, S, T): one that serves them."""
+def find_program(
+    surgery: ModelSurgery, signature: Signature, sizes: tuple[int, ...] | None, sides: Sides | None = None
+) -> int:
+    """The index of the program for a call, captured now if there is none.
+
+    `sizes` (B, S, T): one that serves them. `sides`: one that begins with those of the model's branches on data.
+    """
     for index, program in enumerate(surgery.programs):
-        if program.signature == signature and (sizes is None or program.serves(*sizes)):
+        is_found = program.signature == signature and program.takes(sides)
+        if is_found and (sizes is None or program.serves(*sizes)):
             surgery.programs[index] = relink(program, find_cuts(surgery.model))
             return index
     lengths = example_lengths(surgery.options.seq_length)[: len(signature.letters)]
-    surgery.programs.append(surgery.build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, *lengths)))
+    surgery.programs.append(surgery.build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, *lengths), sides))
     return len(surgery.programs) - 1
 
 

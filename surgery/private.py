@@ -7,9 +7,10 @@ made of.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,12 +25,14 @@ from torch.distributed.distributed_c10d import GroupName as GroupName
 from torch.distributed.fsdp import FSDPModule
 from torch.export import ExportedProgram
 from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode as GuardOnDataDependentSymNode
 from torch.nn.attention import flex_attention as flex_attention_module
 from transformers.exporters import exporter_dynamo  # noqa: F401  (fills the table of patches)
 from transformers.exporters.utils import apply_patches
 from transformers.modeling_utils import AttentionInterface
 
 FLEX: Any = flex_attention_module
+IS_TRACED = "is_torchdynamo_compiling"
 
 
 def all_to_all_runs(x: Tensor, sent: Sequence[int], received: Sequence[int], group_name: GroupName) -> Tensor:
@@ -128,6 +131,20 @@ def refused_specialization(error: type[Exception]) -> Iterator[None]:
         return original(self, file, line)
 
     with mock.patch.object(SymNode, "guard_int", guard_int):
+        yield
+
+
+@contextmanager
+def told_eager(model: nn.Module) -> Iterator[None]:
+    """Let the code of a model that is traced believe that it is not: what it does then may be all that works.
+
+    Model files import transformers' question by name, so each has a copy to replace.
+    """
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    with ExitStack() as stack:
+        for file in files:
+            if hasattr(file, IS_TRACED):
+                stack.enter_context(mock.patch.object(file, IS_TRACED, return_value=False))
         yield
 
 

@@ -16,6 +16,7 @@ import sympy
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from surgery.branches import Sides
 from surgery.capture import Capture
 from surgery.metadata import Context, facts_of
 from surgery.placement import Placement, Sharded
@@ -34,6 +35,7 @@ class Program:
     code: str
     function: Callable[..., tuple[Any, ...]]
     cuts: Cuts
+    sides: Sides
 
     @property
     def has_assumptions(self) -> bool:
@@ -43,6 +45,10 @@ class Program:
         """Whether these sizes are on the same side of the model's branches as the captured ones."""
         sizes = {self.context.batch: batch_size, **dict(zip(self.context.lengths, lengths, strict=True))}
         return all(condition.subs(sizes) == sympy.true for condition in self.context.assumptions)
+
+    def takes(self, sides: Sides | None) -> bool:
+        """Whether the graph begins with these sides of the model's branches on data."""
+        return sides is None or self.sides[: len(sides)] == sides
 
     def run(
         self, model: nn.Module, tensors: dict[str, Tensor], deal_out: Callable[[Tensor, int], Tensor] | None = None
@@ -81,7 +87,7 @@ class Program:
 def build_program(captured: Capture, signature: Signature, context: Context, cuts: Cuts) -> Program:
     """Compile the graph of `captured` into a function of the model and the signature's tensors."""
     code, function = _link(captured.graph, context, cuts)
-    return Program(signature, captured.graph, context, captured.output_spec, code, function, cuts)
+    return Program(signature, captured.graph, context, captured.output_spec, code, function, cuts, captured.sides)
 
 
 def relink(program: Program, cuts: Cuts) -> Program:

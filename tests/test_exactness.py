@@ -25,7 +25,7 @@ def test_architecture_on_four_ranks(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove, name, 4))
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", sampled(OTHERS, OTHERS.keys() - {"big_bird"}))
 def test_architecture_that_nothing_was_made_for(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove, name, 4))
 

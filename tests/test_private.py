@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import sympy
@@ -21,9 +23,11 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+from transformers import AutoModelForSeq2SeqLM
 from transformers.exporters.utils import apply_patches
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 import surgery
 from surgery import private
@@ -282,6 +286,14 @@ def test_a_size_needed_as_a_number_is_noticed_where_it_is() -> None:
         torch.export.export(Needy(), (torch.ones(4),), dynamic_shapes=({0: Dim("n")},), strict=False)
     assert any(isinstance(entry.frame.f_locals.get("self"), Needy) for entry in caught.traceback)
     torch.export.export(Needy(), (torch.ones(4),), strict=False)
+
+
+def test_model_files_ask_by_name_whether_they_are_traced() -> None:
+    model = make_model("switch_transformers", auto=AutoModelForSeq2SeqLM)
+    file = sys.modules[type(model).__module__]
+    with private.told_eager(model), mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        assert not file.is_torchdynamo_compiling()
+    assert file.is_torchdynamo_compiling is is_torchdynamo_compiling
 
 
 def test_fake_tensors_run_modules_of_the_meta_device() -> None:

@@ -119,7 +119,7 @@ def test_cross_attention_sends_queries_and_keys_apart(ranks: RankPool) -> None:
         assert sent_forward == sent_backward == expected
 
 
-@pytest.mark.parametrize("name", sampled(["mbart", "pegasus"], []))
+@pytest.mark.parametrize("name", sampled(["mbart", "pegasus", "switch_transformers"], []))
 def test_encoder_decoder_with_given_ids(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, 4, given()))
 

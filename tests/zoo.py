@@ -74,8 +74,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 512, "rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 8, "window_size": 8},
     "bert": {"is_decoder": True, "pad_token_id": 0},
+    "big_bird": {"is_decoder": True, "pad_token_id": 0},
+    "jetmoe": {"num_key_value_heads": 4, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-"""Soft caps, sinks, ALiBi, hand-written attention, tables of positions, an encoder's blocks: nothing made for them."""
+"""Soft caps, sinks, ALiBi, hand-written attention, tables of positions, an encoder's blocks, a branch on the length,
+tokens counted by expert: nothing was made for them."""
 RECURRENT: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8, "time_step_rank": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8},
@@ -179,6 +182,7 @@ ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "bart": _DECODER,
     "mbart": _DECODER,
     "pegasus": _DECODER,
+    "switch_transformers": {**_T5, "num_experts": 4, "decoder_start_token_id": 0},
     "t5": {**_T5, "pad_token_id": 0, "decoder_start_token_id": 0},
     "whisper": {**_DECODER, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
 }

@@ -1,0 +1,58 @@
+"""Manners of tracing: as it comes, and what is tried next where a model's code does not go through so.
+
+Eq(u0, 1) depends on data          branches on data are followed, False first      surgery/branches.py
+an assertion fails on a side       the last branch is taken the other way
+None has no attribute shape        code that asks whether it is traced is told that it is not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from surgery.branches import FollowedBranches, Sides
+from surgery.errors import CaptureError
+from surgery.private import GuardOnDataDependentSymNode
+
+OWN_FAILURES = (AttributeError, AssertionError, TypeError, ValueError)
+"""What a model's code raises where it is led to a place that it never reaches by itself."""
+
+
+@dataclass
+class Manner:
+    """`sides` are those of branches on data (None: no such branch is followed); `taken` those of the last trace."""
+
+    sides: Sides | None = None
+    is_told_eager: bool = False
+    taken: Sides = ()
+
+    @contextmanager
+    def follow(self) -> Iterator[None]:
+        """Take the sides of branches, and note them, while the block traces."""
+        branches = FollowedBranches(self.sides)
+        try:
+            with branches:
+                yield
+        finally:
+            self.taken = tuple(branches.taken)
+
+    def advance(self, error: CaptureError) -> bool:
+        """Choose another manner, as the trace stopped with `error`; False if none is left."""
+        causes = [cause for cause in _causes(error) if not isinstance(cause, CaptureError)]
+        if self.sides is None and any(isinstance(cause, GuardOnDataDependentSymNode) for cause in causes):
+            self.sides = ()
+            return True
+        if not causes or not isinstance(causes[0], OWN_FAILURES):
+            return False
+        if self.taken and not self.taken[-1]:
+            self.sides = (*self.taken[:-1], True)
+            return True
+        self.is_told_eager, was_told = True, self.is_told_eager
+        return not was_told
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
