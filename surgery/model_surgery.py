@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from surgery import collectives
 from surgery.agreement import check_same_call, whole_length
 from surgery.branches import OtherBranchError, Sides
-from surgery.capture import capture
+from surgery.capture import Capture, capture
 from surgery.checkpointing import checkpointed_layers
 from surgery.checks import check_bypass, check_call, how_to_launch
 from surgery.collectives import Axis
@@ -24,6 +24,7 @@ from surgery.engine_checks import check_engine
 from surgery.engines import hooked_modules
 from surgery.errors import CaptureError, LaunchError
 from surgery.examples import DEFAULT_EXAMPLE_BATCH_SIZE, example_lengths
+from surgery.images import UnmergedError, merge_images
 from surgery.mesh import SequenceMesh
 from surgery.metadata import Context
 from surgery.options import Options
@@ -36,7 +37,15 @@ from surgery.recorded import DOCUMENT_ENDS
 from surgery.report import Report, make_report
 from surgery.segments import Cuts
 from surgery.sharded_inputs import assemble, gather_slices
-from surgery.signature import BoundCall, Signature, TensorInput, autocast_dtype, bind_call, describe_tensors
+from surgery.signature import (
+    BoundCall,
+    Signature,
+    TensorInput,
+    autocast_dtype,
+    bind_call,
+    describe_tensors,
+    has_images,
+)
 from surgery.state import check_state, fingerprint
 
 Inputs = tuple[TensorInput, ...]
@@ -61,6 +70,8 @@ class ModelSurgery:
         self.is_generating = False
         self.model = model
         self._checked: set[tuple[Any, ...]] = set()
+        self._merged: set[tuple[Any, ...]] = set()
+        self.unmerged: dict[tuple[Any, ...], str] = {}
         self._original_forward = forward or model.forward
         self._parameters = inspect.signature(self._original_forward)
 
@@ -102,10 +113,12 @@ class ModelSurgery:
         if self.options.inputs == "sharded":
             call, slices = assemble(call, self.axis)
             deal_out = slices.deal_out if not slices.is_even else None
-        inputs = describe_tensors(call)
-        constants = tuple((name, call.constants[name]) for name in sorted(call.constants))
+        inputs, constants = describe_tensors(call), sorted_constants(call)
         if not torch.compiler.is_compiling():
             self._check_agreement(call, (inputs, constants))
+            if has_images(call):
+                call = self._merge(call)
+                inputs, constants = describe_tensors(call), sorted_constants(call)
         check_call(call, self.options, self.model.training)
         if torch.compiler.is_compiling():
             return self._find_while_compiling(call, inputs, constants).run(self.model, call.tensors, deal_out)
@@ -158,10 +171,30 @@ class ModelSurgery:
 
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
         """Capture and rewrite the graph for a call with these arguments, without running it."""
+        return self.prepare_call(self.bind(*args, **kwargs))
+
+    def bind(self, *args: Any, **kwargs: Any) -> BoundCall:
+        """The call that a graph is given for these arguments: embeddings in the place of ids and images."""
         call = bind_call(self._parameters, args, kwargs)
-        constants = tuple(sorted(call.constants.items()))
-        signature = read_signature(self, describe_tensors(call), constants, self.model.training)
+        return self._merge(call) if has_images(call) else call
+
+    def prepare_call(self, call: BoundCall) -> Program:
+        """The program for a bound call, captured now if there is none."""
+        signature = read_signature(self, describe_tensors(call), sorted_constants(call), self.model.training)
         return self.programs[find_program(self, signature, call.sizes)]
+
+    def _merge(self, call: BoundCall) -> BoundCall:
+        """The call with its images merged, or as it is where they have to go into the graph."""
+        key = (describe_tensors(call), sorted_constants(call), self.model.training)
+        if key in self.unmerged:
+            return call
+        try:
+            merged = merge_images(self.model, self._original_forward, call, is_checked=key not in self._merged)
+        except UnmergedError as error:
+            self.unmerged[key] = str(error)
+            return call
+        self._merged.add(key)
+        return merged
 
     def _check_agreement(self, call: BoundCall, key: tuple[Any, ...]) -> None:
         """Compare the batch between the ranks, as often as `check_inputs` asks for."""
@@ -179,7 +212,7 @@ class ModelSurgery:
                 "torch.autocast is on, and the graph would bake its casts in. Expected plain dtypes. "
                 "Cast the model instead (model.to(torch.bfloat16)), or leave the autocast block."
             )
-        captured = capture(self.model, signature, example, sides)
+        captured = self._capture(signature, example, sides)
         options = self.options
         context = Context(
             self.axis,
@@ -200,6 +233,22 @@ class ModelSurgery:
         for name, value in captured.constants.items():
             setattr(self.constants, name, value)
         return build_program(captured, signature, context, find_cuts(self.model))
+
+    def _capture(self, signature: Signature, example: tuple[int, ...], sides: Sides | None) -> Capture:
+        try:
+            return capture(self.model, signature, example, sides)
+        except CaptureError as error:
+            reason = self.unmerged.get((signature.tensors, signature.constants, signature.is_training))
+            if reason is None:
+                raise
+            raise CaptureError(
+                f"{str(error).rstrip('.')}. Its images cannot be made embeddings in front of the graph either: "
+                f"{reason}. Transform the decoder alone, model.get_decoder(), and gather its hidden states."
+            ) from error
+
+
+def sorted_constants(call: BoundCall) -> Constants:
+    return tuple((name, call.constants[name]) for name in sorted(call.constants))
 
 
 def find_cuts(model: nn.Module) -> Cuts:

@@ -57,6 +57,13 @@ def _arrived(x: Tensor) -> Tensor:
 
 
 @contextmanager
+def calls_replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let `function` stand for every call of `module`, and of its hooks, while the block runs."""
+    with mock.patch.object(module, "_compiled_call_impl", function):
+        yield
+
+
+@contextmanager
 def export_patches() -> Iterator[None]:
     """transformers' replacements for model code that does not export, for the time of one trace."""
     with apply_patches("dynamo"):

@@ -21,7 +21,7 @@ from surgery.axis import Axis, run_lengths
 from surgery.collectives import gather_runs
 from surgery.errors import InputError
 from surgery.private import all_gather_first_dim, all_to_all_runs
-from surgery.signature import SAMPLE_INPUTS, BoundCall
+from surgery.signature import SAMPLE_INPUTS, BoundCall, has_images
 
 WHOLE_INPUTS = ("cu_seq_lens", "num_items_in_batch")
 """Arguments that describe the whole batch, by the start of their names: every rank passes the same."""
@@ -79,6 +79,8 @@ def find_sequence_dims(call: BoundCall) -> tuple[dict[str, int], str | None]:
     dims: dict[str, int] = {}
     if "t" in call.lengths:
         return {}, "an encoder-decoder has two sequences. Expected whole inputs: inputs='whole'."
+    if has_images(call):
+        return {}, "the images of a slice are not told from those of the others. Expected whole inputs: inputs='whole'."
     for name in sorted(call.tensors):
         tensor = call.tensors[name]
         is_of_sequences = tensor.ndim == 1 and name in SAMPLE_INPUTS

@@ -37,8 +37,9 @@ def run_ranks(graph: fx.Graph, size: int, inputs: tuple[Tensor, ...]) -> list[An
 def run_model(model: Any, batch: Mapping[str, Any]) -> list[Any]:
     """What a model that was transformed without a process group returns on each of its ranks, from one capture."""
     surgery = model.surgery
-    program = surgery.prepare(**batch)
-    inputs = [batch[tensor.name] for tensor in program.signature.tensors]
+    call = surgery.bind(**batch)
+    program = surgery.prepare_call(call)
+    inputs = [call.tensors[tensor.name] for tensor in program.signature.tensors]
     with simulated_ranks(surgery.options.sp_size) as run:
         outputs = run(lambda axis: _Rank(model, program.graph, axis).run(*inputs))
     return [pytree.tree_unflatten(list(output), program.output_spec) for output in outputs]

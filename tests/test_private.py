@@ -97,6 +97,16 @@ def test_functional_collectives_are_adjoint_pairs(ranks: RankPool) -> None:
     assert ranks.run(_collectives) == [(0.0, 0.0, 0.0)] * SP_SIZE
 
 
+def test_calls_of_a_module_can_be_replaced_with_its_hooks() -> None:
+    layer, called = nn.Linear(2, 2), []
+    layer.register_forward_hook(lambda *_: called.append("hook"))
+    with private.calls_replaced(layer, lambda x: x + 1):
+        assert layer(torch.zeros(1)) == 1
+    assert not called
+    layer(torch.zeros(2))
+    assert called == ["hook"]
+
+
 def test_operators_have_schemas_and_tags() -> None:
     target = torch.ops.aten.add.Tensor
     assert isinstance(target, torch._ops.OpOverload)
