@@ -73,6 +73,7 @@ def _site(node: fx.Node, context: Context) -> Site:
         head_size=int(query.shape[3]),
         value_head_size=int(value.shape[3]),
         element_size_bytes=query.element_size(),
+        dropout=given["dropout"],
         mask=read_mask(node, context),
         call=context.calls[given["call"]] if given["call"] is not None else None,
     )

@@ -11,7 +11,7 @@ Nothing is changed yet: each node's facts say how it will run (`Step`), and inse
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -22,13 +22,10 @@ from surgery.errors import UnsupportedOperationError
 from surgery.metadata import KEY, Context, NodeFacts, Skip, where
 from surgery.pipeline import PassResult
 from surgery.placement import PARTIAL, REPLICATED, Placement, Sharded
-from surgery.randomness import whole_dropout
 from surgery.regions import check_border, find_regions, region_of, region_step
 from surgery.rules import Call, Step, find_rule
 from surgery.rules.call import make_call, replicated, tensor_nodes
 from surgery.shapes import length_dims, only_length_dim
-
-DROPOUT = torch.ops.aten.dropout.default
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,6 @@ def _decide(node: fx.Node, found: dict[fx.Node, NodeFacts], context: Context, re
         return _decide_whole(call)
     row = find_rule(node.target)
     found_step = row.rule(call) if row is not None else None
-    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if is_random and (found_step is None or found_step.replacement is None):
-        raise UnsupportedOperationError(
-            f"{where(node)}: random numbers over tokens would repeat, or differ, between ranks. "
-            "Expected randomness only in dropout. Pass the random tensor in as an input, or switch it off."
-        )
     if row is not None and found_step is not None:
         return NodeFacts(found_step.results, row.family, found_step)
     return _gathered(call, context, "no rule" if row is None else "mixes tokens")
@@ -99,14 +90,6 @@ def _decide_whole(call: Call) -> NodeFacts:
         step = row.rule(tentative) if tentative.sharded or row.creates else None
         if step is not None and step.is_sharded and not _gathers(step, tentative):
             return NodeFacts(step.results, row.family, step)
-    if call.node.target is DROPOUT:
-        step = replace(replicated(call), replacement=whole_dropout)
-        return NodeFacts(step.results, "replicated", step)
-    if torch.Tag.nondeterministic_seeded in call.node.target.tags:  # type: ignore[union-attr]
-        raise UnsupportedOperationError(
-            f"{where(call.node)}: random numbers for a value that is whole on every rank would differ between ranks. "
-            "Expected randomness only in dropout. Pass the random tensor in as an input, or switch it off."
-        )
     step = replicated(call)
     return NodeFacts(step.results, "replicated", step)
 
@@ -130,7 +113,5 @@ def _gathered(call: Call, context: Context, reason: str) -> NodeFacts:
             f'{where(call.node)}: {reason}, so it cannot run on sequence shards. Expected, with on_unknown="refuse", '
             'only operations that keep tokens apart. Use on_unknown="gather" to run it whole on every rank.'
         )
-    if torch.Tag.nondeterministic_seeded in call.node.target.tags:  # type: ignore[union-attr]
-        raise UnsupportedOperationError(f"{where(call.node)}: {reason}, and gathered it would draw apart on each rank.")
     step = replicated(call)
     return NodeFacts(step.results, "gathered", step, reason)

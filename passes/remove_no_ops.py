@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
+from surgery.randomness import draws
 from surgery.rules.call import bind_arguments
 from surgery.rules.table import operation_name
 from surgery.shapes import shape_of
@@ -59,15 +60,10 @@ def _keeps_type(node: fx.Node) -> bool:
     return not is_copy and before.dtype == after.dtype and before.device == after.device
 
 
-def _is_off(node: fx.Node) -> bool:
-    arguments = bind_arguments(node)
-    return not arguments["train"] or arguments["p"] == 0.0
-
-
 NO_OPS: dict[str, Callable[[fx.Node], bool]] = {
     "aten::_assert_tensor_metadata": lambda node: not node.users,
     "aten::alias": lambda node: True,
-    "aten::dropout": _is_off,
+    "aten::dropout": lambda node: not draws(node.target, node.args, node.kwargs),
     "aten::expand": _keeps_shape,
     "aten::slice": lambda node: _keeps_shape(node) and bind_arguments(node)["step"] == 1,
     "aten::to": _keeps_type,

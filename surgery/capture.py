@@ -24,9 +24,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from surgery.branches import Sides, describe_branches
-from surgery.culprits import trace_around
+from surgery.culprits import find_place, trace_around
 from surgery.custom_backward import refuse_custom_backward
-from surgery.errors import CaptureError
+from surgery.errors import CaptureError, UnsupportedOperationError
+from surgery.host_randomness import refused_host_randomness
 from surgery.manners import Manner
 from surgery.metadata import Skip
 from surgery.opaque import InputSizes, OpaqueCall, OpaqueModules
@@ -97,6 +98,7 @@ def _trace(
         stack.enter_context(export_patches())
         stack.enter_context(refused_specialization(SpecializedError))
         stack.enter_context(told_eager(model) if manner.is_told_eager else nullcontext())
+        stack.enter_context(refused_host_randomness(f"the forward of {type(model).__name__}"))
         stack.enter_context(opaque.recorded(sizes))
         stack.enter_context(_flat_forward(model, signature, recording, sizes))
         try:
@@ -106,8 +108,9 @@ def _trace(
         except CaptureError:
             raise
         except Exception as error:
+            stopped = f"{_first_lines(error)}{find_place(error)}"
             raise CaptureError(
-                f"torch.export cannot capture {type(model).__name__} for {signature}: {_first_lines(error)}. "
+                f"torch.export cannot capture {type(model).__name__} for {signature}: {stopped}. "
                 "Expected a forward without data-dependent control flow, dynamic in batch and sequence length. "
                 "Run the model's code through torch.export.export(strict=False) to see where it stops."
             ) from error
@@ -273,6 +276,11 @@ def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
             continue
         assert spec.target is not None
         target = spec.target
+        if spec.kind is InputKind.CUSTOM_OBJ:
+            raise UnsupportedOperationError(
+                f"the forward uses an object that a graph cannot hold ({spec.target}), such as a torch.Generator. "
+                "Expected tensors, and random numbers of torch's default generators. Leave out generator=."
+            )
         if spec.kind is InputKind.CONSTANT_TENSOR:
             constants[node.name] = program.constants[spec.target]
             target = f"surgery.constants.{node.name}"

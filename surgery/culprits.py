@@ -160,10 +160,15 @@ def _modules_on(traceback: TracebackType | None) -> Iterator[nn.Module]:
 def explain(error: BaseException) -> str:
     """Why a trace stopped, and in which line of the model's code."""
     causes = list(_causes(error))
-    lines = [place for cause in causes for place in _places(cause.__traceback__)]
     text = str(causes[-1]).strip().splitlines()
     words = text[0].split(". ")[0][:LONGEST_REASON].rstrip(" .") if text else type(causes[-1]).__name__
-    return f"{words} ({lines[-1]})" if lines else words
+    return f"{words}{find_place(error)}"
+
+
+def find_place(error: BaseException) -> str:
+    """` (modeling.py:12)`, the line of the model's code where a trace stopped, or "" if unknown."""
+    lines = [place for cause in _causes(error) for place in _places(cause.__traceback__)]
+    return f" ({lines[-1]})" if lines else ""
 
 
 def _places(traceback: TracebackType | None) -> Iterator[str]:

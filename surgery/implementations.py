@@ -20,10 +20,9 @@ from transformers.integrations.flex_attention import flex_attention_forward
 
 from surgery.axis import first_token
 from surgery.collectives import Axis
-from surgery.errors import CaptureError, InputError
+from surgery.errors import CaptureError
 from surgery.own_heads import HeadView, OwnHeads, cut_heads
 from surgery.private import flex_heads_from
-from surgery.randomness import rank_stream
 from surgery.recorded import RecordedCall
 
 Implementation = Callable[..., Tensor]
@@ -50,12 +49,12 @@ def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
         axis: Axis,
     ) -> Tensor:
         if query.shape[1] == 0:
-            return without_heads(query, key, value, {**keywords, **hidden}.get("dropout") or 0.0, axis)
+            return without_heads(query, key, value)
         heads = own_heads(call, query.shape[1], key.shape[1], axis)
         given = _with_numbers(heads.cut_keywords({**keywords, **hidden}))
         if mask is None and given.get("is_causal") is not None:
             given["is_causal"] = is_causal
-        with _dropout_stream(given.get("dropout") or 0.0, axis.rank, query.device), _flex_heads(call, heads):
+        with _flex_heads(call, heads):
             result = call.function(HeadView(module, heads), query, key, value, heads.cut_mask(mask), **given)
         return _checked(result, query, call).transpose(1, 2)
 
@@ -113,22 +112,21 @@ def sdpa(
     As in transformers, grouped heads go to the kernel as they are without a mask, and repeated with one.
     """
     if query.shape[1] == 0:
-        return without_heads(query, key, value, dropout, axis)
+        return without_heads(query, key, value)
     num_groups = query.shape[1] // key.shape[1]
     mask = _of_own_heads(mask, 1, query.shape[1], axis) if mask is not None else None
     if mask is not None and num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
-    with _dropout_stream(dropout, axis.rank, query.device):
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=is_causal and mask is None,
-            scale=scale,
-            enable_gqa=mask is None and num_groups > 1,
-        )
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal and mask is None,
+        scale=scale,
+        enable_gqa=mask is None and num_groups > 1,
+    )
 
 
 def written_out(
@@ -149,7 +147,7 @@ def written_out(
     Builds the scores [B, N/P, S, S] of this rank's heads, as the model's own eager attention does for all heads.
     """
     if query.shape[1] == 0:
-        return without_heads(query, key, value, dropout, axis)
+        return without_heads(query, key, value)
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -158,17 +156,12 @@ def written_out(
     mask = _of_own_heads(mask, 1, query.shape[1], axis) if mask is not None else None
     scores = _masked(scores, mask, is_causal)
     shares = _softmax_with_sinks(scores, sinks, axis).to(query.dtype)
-    with _dropout_stream(dropout, axis.rank, query.device):
-        return F.dropout(shares, dropout, dropout > 0.0) @ value
+    return F.dropout(shares, dropout, dropout > 0.0) @ value
 
 
-def without_heads(query: Tensor, key: Tensor, value: Tensor, dropout: float, axis: Axis) -> Tensor:
-    """What a rank attends to that has no heads: nothing, [B, 0, S, H].
-
-    Gradients pass, as the other ranks wait for them, and the generators of all ranks stay in step.
-    """
-    with _dropout_stream(dropout, axis.rank, query.device):
-        return query @ key.transpose(2, 3) @ value
+def without_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What a rank attends to that has no heads: nothing, [B, 0, S, H]. Gradients pass: other ranks wait for them."""
+    return query @ key.transpose(2, 3) @ value
 
 
 def _of_own_heads(x: Tensor, dim: int, num_heads: int, axis: Axis) -> Tensor:
@@ -196,14 +189,3 @@ def _softmax_with_sinks(scores: Tensor, sinks: Tensor | None, axis: Axis) -> Ten
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _dropout_stream(dropout: float, rank: int, device: torch.device) -> AbstractContextManager[None]:
-    if dropout == 0.0:
-        return nullcontext()
-    if torch.compiler.is_compiling():
-        raise InputError(
-            f"attention dropout of {dropout} under torch.compile would repeat one pattern on every rank's heads. "
-            "Expected config.attention_dropout=0.0 (hidden dropout is fine), or an uncompiled model."
-        )
-    return rank_stream(rank, device)

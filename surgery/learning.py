@@ -24,8 +24,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.errors import CaptureError
+from surgery.host_randomness import refused_host_randomness
 from surgery.opaque import CONSTANTS, Arguments, Number, Operand, Result, Results
 from surgery.private import FakeTensorMode
+from surgery.randomness import draws
 from surgery.shapes import Shape
 
 Sizes = dict[sympy.Symbol, int]
@@ -97,6 +99,7 @@ def _run(path: str, module: nn.Module, arguments: Arguments, sizes: Sizes) -> Ru
         torch.manual_seed(0)  # the ranks must come to one answer
         leaves = [_example(leaf, sizes) for leaf in arguments.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, arguments.spec)
+        stack.enter_context(refused_host_randomness(path))
         first, second = (_seeded_call(twin, args, kwargs) for _ in range(2))
     if any(leaf._version for leaf in leaves if isinstance(leaf, Tensor)):
         raise CaptureError(f"{path} writes to its inputs. Expected a module that leaves them as they are.")
@@ -236,5 +239,5 @@ class _Watch(TorchDispatchMode):
         self.is_random = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.is_random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.is_random |= draws(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))

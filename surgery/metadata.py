@@ -87,6 +87,7 @@ class Site:
     head_size: int
     value_head_size: int
     element_size_bytes: int
+    dropout: float
     mask: Mask | None = None
     call: RecordedCall | None = None
 

@@ -123,12 +123,14 @@ class ModelSurgery:
         if torch.compiler.is_compiling():
             return self._find_while_compiling(call, inputs, constants).run(self.model, call.tensors, deal_out)
         signature, sides = read_signature(self, inputs, constants, self.model.training), None
+        drawn = torch.get_rng_state()
         while True:
             program = self._find(signature, call.sizes, sides)
             try:
                 return program.run(self.model, call.tensors, deal_out)
             except OtherBranchError as error:
                 sides = (*program.sides[: error.index], error.is_taken)
+                torch.set_rng_state(drawn)  # the other side's seeds are the same: a branch may be on a draw
 
     def _find(self, signature: Signature, sizes: tuple[int, ...], sides: Sides | None) -> Program:
         program = self.programs[find_program(self, signature, None, sides)]

@@ -29,7 +29,7 @@ from surgery.shapes import Lengths, shape_of, to_expr
 
 BATCH, LENGTH, DECODER_LENGTH, RANKS = sympy.symbols("B S T P", positive=True, integer=True)
 LENGTHS = (LENGTH, DECODER_LENGTH)
-HIDDEN = frozenset({"axis", "device", "layout", "length", "num_heads", "pin_memory"})
+HIDDEN = frozenset({"axis", "device", "layout", "length", "num_heads", "pin_memory", "stream"})
 DEFAULTS = {"dropout": 0.0, "inner": 1, "outer": 1}
 LAST_INDEX = torch.iinfo(torch.int64).max
 DTYPES = {
@@ -101,8 +101,11 @@ def _arguments(node: fx.Node) -> tuple[list[Any], list[tuple[str, Any]]]:
         return list(node.args), list(node.kwargs.items())
     signature, bound = inspect.signature(node.target), []
     for name, value in signature.bind(*node.args, **node.kwargs).arguments.items():
-        is_many = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
-        bound += [(name, part) for part in value] if is_many else [(name, value)]
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            bound += [(name, part) for part in value]
+        else:
+            bound += value.items() if kind is inspect.Parameter.VAR_KEYWORD else [(name, value)]
     positional = list(takewhile(lambda given: isinstance(given[1], fx.Node) and given[0] not in HIDDEN, bound))
     return [value for _, value in positional], bound[len(positional) :]
 

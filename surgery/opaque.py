@@ -302,4 +302,5 @@ def make_runner(call: OpaqueCall) -> Callable[..., tuple[Tensor, ...]]:
         return made
 
     run.__name__ = run.__qualname__ = call.module_class
+    run.is_random = call.results.is_random  # type: ignore[attr-defined]
     return run

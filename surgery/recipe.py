@@ -14,6 +14,7 @@ from passes.propagate_placements import PropagatePlacements
 from passes.relax_views import RelaxViews
 from passes.remove_no_ops import RemoveNoOps
 from passes.scale_output_gradients import ScaleOutputGradients
+from passes.seed_random_operations import SeedRandomOperations
 from passes.simplify_masks import SimplifyMasks
 from passes.specialize_length import SpecializeLength
 from surgery.pipeline import Pass
@@ -31,6 +32,7 @@ SEQUENCE_PARALLEL: tuple[Pass, ...] = (
     InsertAllToAll(),
     LowerAttention(),
     CallOpaqueModules(),
+    SeedRandomOperations(),
     SpecializeLength(),
     ScaleOutputGradients(),
 )

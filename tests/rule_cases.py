@@ -74,8 +74,6 @@ POINTWISE = [
     Case("aten::polar", "b s 6, =6", lambda x, y: torch.polar(y, x).real, SAME),
     Case("aten::contiguous", X, lambda x: x.transpose(1, 2).contiguous(), MOVED),
     Case("aten::detach", "b s 6, b s 6", lambda x, y: x.detach() * y, SAME),
-    Case("aten::dropout", X, lambda x: aten.dropout(x, 0.0, True), SAME),
-    Case("aten::native_dropout", X, lambda x: aten.native_dropout(x, 0.0, True)[0], SAME),
     Case("aten::empty_like", X, lambda x: aten.fill(torch.empty_like(x), 2.0) * x, SAME),
     Case("aten::full_like", X, lambda x: torch.full_like(x, 3.0) * x, SAME),
     Case("aten::hardtanh", X, lambda x: F.hardtanh(x, -0.5, 0.5), SAME),
@@ -493,6 +491,22 @@ LOSS = [
     ),
 ]
 
+RANDOM = [
+    Case("aten::bernoulli", X, lambda x: torch.bernoulli(x.abs().clamp(min=1, max=1)) * x, SAME),
+    Case("aten::dropout", X, lambda x: aten.dropout(x, 0.0, True), SAME),
+    Case("aten::exponential", X, lambda x: aten.exponential(x, torch.inf) + x, SAME),
+    Case("aten::native_dropout", X, lambda x: aten.native_dropout(x, 0.0, True)[0], SAME),
+    Case("aten::normal_functional", X, lambda x: aten.normal_functional(flat(x.detach()), 2.0, 0.0) + flat(x), FLAT),
+    Case("aten::rand", X, lambda x: torch.rand(x.shape) * 0 + x, SAME),
+    Case("aten::rand", X, lambda x: torch.rand(x.shape[:2])[..., None] * 0 + x, "replicated"),
+    Case("aten::rand_like", X, lambda x: torch.rand_like(x) * 0 + x, SAME),
+    Case("aten::randint_like", X, lambda x: torch.randint_like(x.detach(), 1) + x, SAME),
+    Case("aten::randn", X, lambda x: torch.randn(x.shape[1], 6) * 0 + x, FLAT),
+    Case("aten::randn_like", X, lambda x: torch.randn_like(x.transpose(1, 2)) * 0 + x.transpose(1, 2), MOVED),
+    Case("aten::uniform", X, lambda x: aten.uniform(x.detach(), 2.0, 2.0) * x, SAME),
+]
+"""With arguments that leave nothing to chance: `test_randomness.py` has the rest."""
+
 MIXING = [
     Case("aten::fft_fft", X, lambda x: torch.fft.fft(x, dim=1).real, "gathered"),
     Case("aten::conv1d", "b s 6, =5 6 3", lambda x, w: F.conv1d(x.transpose(1, 2), w, padding=1), "gathered"),
@@ -502,4 +516,4 @@ MIXING = [
 ]
 """Operations without a row."""
 
-CASES = POINTWISE + VIEWS + CONTRACTION + REDUCTION + ALONG_DIM + INDEXING + CREATION + LOSS + MIXING
+CASES = POINTWISE + VIEWS + CONTRACTION + REDUCTION + ALONG_DIM + INDEXING + CREATION + LOSS + RANDOM + MIXING

@@ -248,19 +248,6 @@ def test_a_fixed_length_refuses_others(ranks: RankPool) -> None:
         assert "expected sequences of 32 tokens" in other
 
 
-def test_random_numbers_for_whole_values_are_refused() -> None:
-    model = make_model("llama")
-    layer = model.model.layers[0]
-
-    class Noisy(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + torch.randn(x.shape[-1])
-
-    layer.mlp = Noisy()
-    with pytest.raises(UnsupportedOperationError, match="random numbers"):
-        transform(model, 2)
-
-
 def test_an_attention_call_with_something_for_each_head_is_refused_on_request() -> None:
     class Sloped(LlamaAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

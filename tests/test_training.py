@@ -242,28 +242,6 @@ def test_two_models_and_an_untouched_one(ranks: RankPool) -> None:
         assert errors[2] == 0.0
 
 
-def _dropout_patterns() -> tuple[torch.Tensor, float]:
-    """This rank's pattern of a dropped embedding, and the next draw of the default generator."""
-    model = transform(make_model("gpt2", embd_pdrop=0.5, n_layer=1), 4)
-    torch.manual_seed(7)
-    seen: list[torch.Tensor] = []
-    original = torch.ops.surgery.dropout_mask
-    torch.manual_seed(7)
-    seen.append(original(torch.ones(4, 8, 64), 0.5, dist.get_rank()))
-    after = float(torch.rand(()))
-    restore(model)
-    return seen[0], after
-
-
-def test_dropout_patterns_differ_and_generators_agree(ranks: RankPool) -> None:
-    patterns, draws = zip(*ranks.run(_dropout_patterns), strict=True)
-    assert len(set(draws)) == 1
-    for rank, pattern in enumerate(patterns):
-        assert abs(float(pattern.float().mean()) - 0.5) < 0.05
-        for other in patterns[:rank]:
-            assert abs(float((pattern == other).float().mean()) - 0.5) < 0.06
-
-
 class Branching(nn.Module):
     """A layer that reads a setting of its own, and that treats a batch of one differently."""
 

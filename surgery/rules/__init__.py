@@ -15,6 +15,7 @@ assumed to be harmless.
     creation        zeros, full, ...: built at local size                creation.py
     attention       q, k, v sharded; exchanged by insert-all-to-all      attention.py
     loss            local sum over whole count                           loss.py
+    random          elements drawn one by one: each rank draws its own   random.py
 """
 
 from surgery.rules.call import Call, Operand, Rule, Step
@@ -30,6 +31,7 @@ from surgery.rules import (  # noqa: F401  (each import fills its rows of the ta
     indexing,
     loss,
     pointwise,
+    random,
     reduction,
     views,
 )

@@ -103,11 +103,16 @@ def uniform(call: Call, placement: Placement, **options: Any) -> Step:
 
 def bind_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    return bind_schema(node.target, node.args, node.kwargs)
+
+
+def bind_schema(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same for an operator and what it is called with."""
+    schema = operator._schema
     names = [argument.name for argument in schema.arguments]
     bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    bound.update(zip(names, node.args, strict=False))
-    bound.update(node.kwargs)
+    bound.update(zip(names, args, strict=False))
+    bound.update(kwargs)
     return bound
 
 

@@ -3,7 +3,7 @@
     zeros([B, S, H])  ->  zeros([B, S/P, H])
     ones([B, S])      ->  ones([B, S])         one number a token: whole, as masks and positions are
 
-Random tensors have no row: what ranks draw apart would not be one tensor.
+Random tensors are in `random.py`.
 """
 
 from __future__ import annotations

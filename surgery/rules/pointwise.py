@@ -11,8 +11,7 @@ from __future__ import annotations
 from sympy import Expr
 
 from surgery.placement import ONE, REPLICATED, Placement, Sharded
-from surgery.randomness import sharded_dropout, sharded_native_dropout
-from surgery.rules.call import Call, Operand, Step, uniform
+from surgery.rules.call import Call, Operand, Step
 from surgery.rules.table import rule
 
 UNTAGGED = (
@@ -77,13 +76,3 @@ def prelu(call: Call) -> Step | None:
         return None
     is_sequence = result.dim == CHANNEL_DIM and weight.shape != (ONE,)
     return Step((result, result.moved_to(0) if is_sequence else REPLICATED), (result,))
-
-
-@rule("aten::dropout", family="pointwise")
-def dropout(call: Call) -> Step | None:
-    return uniform(call, call.operands[0].placement, replacement=sharded_dropout)
-
-
-@rule("aten::native_dropout", family="pointwise")
-def native_dropout(call: Call) -> Step | None:
-    return uniform(call, call.operands[0].placement, replacement=sharded_native_dropout)

@@ -62,9 +62,3 @@ def test_refuses_unknown_operations_on_request() -> None:
     module = trace(lambda x: torch.fft.fft(x * 2, dim=1).real, "b s 6")
     with pytest.raises(UnsupportedOperationError, match=r"aten.fft_fft.default at .*: no rule"):
         operate(PropagatePlacements(), module, prepared_by=SIZED, on_unknown="refuse")
-
-
-def test_refuses_randomness_that_ranks_would_draw_apart() -> None:
-    module = trace(lambda x: x * torch.rand_like(x).cumsum(1), "b s 6")
-    with pytest.raises(UnsupportedOperationError, match=r"rand_like.*random"):
-        operate(PropagatePlacements(), module, prepared_by=SIZED)
