@@ -153,7 +153,7 @@ def _gather_packed(tensors: dict[str, Tensor], dims: dict[str, int], slices: Sli
     if not tensors:
         return {}
     moved = {name: tensor.movedim(dims[name], 0) for name, tensor in tensors.items()}
-    columns = [tensor.reshape(tensor.shape[0], -1).long() for tensor in moved.values()]
+    columns = [tensor.reshape(tensor.shape[0], tensor.shape[1:].numel()).long() for tensor in moved.values()]
     whole = gather_runs(torch.cat(columns, dim=1), slices.lengths, slices.axis)
     pieces = whole.split([column.shape[1] for column in columns], dim=1)
     return {

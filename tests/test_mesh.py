@@ -108,6 +108,22 @@ def test_what_a_mesh_does_not_say_is_an_error(ranks: RankPool) -> None:
         assert is_reported
 
 
+def _answers_to_deepspeed() -> tuple[int, int]:
+    """What the engine is told, and what a script is, that both ask through DeepSpeed's record of groups."""
+    model = transform(make_model("llama"), 2)
+    record: dict[str, Any] = {"__name__": "deepspeed.utils.groups", "mpu": model.surgery.mpu}
+    exec("def size():\n    return mpu.get_sequence_parallel_world_size()", record)
+    engine: dict[str, Any] = {"__name__": "deepspeed.runtime.engine", "size": record["size"]}
+    exec("def ask():\n    return size()", engine)
+    answers = engine["ask"](), record["size"]()
+    restore(model)
+    return answers
+
+
+def test_a_script_may_ask_through_deepspeed(pair: RankPool) -> None:
+    assert pair.run(_answers_to_deepspeed) == [(1, 2)] * 2
+
+
 class _Uninitialized:
     def get_sequence_parallel_group(self) -> None:
         raise AssertionError("sequence parallel group is not initialized")

@@ -15,13 +15,13 @@ from surgery import restore, transform
 from surgery.axis import run_lengths
 from surgery.sharded_inputs import overlap
 from tests.counting import CollectiveCounter
-from tests.proof import SMALLEST_SHARE, assert_exact, gradients_of, relative_error
+from tests.proof import SMALLEST_SHARE, assert_exact, float_is_double, gradients_of, relative_error
 from tests.ranks import RankPool
 from tests.test_errors import refusal
 from tests.zoo import make_batch, make_model
 
 LENGTH = 32
-CUTS = {"even": (8, 8, 8, 8), "uneven": (12, 5, 9, 6), "one has all but three": (29, 1, 1, 1)}
+CUTS = {"even": (8, 8, 8, 8), "uneven": (12, 5, 9, 6), "one has none": (29, 2, 0, 1)}
 
 
 def cut(batch: dict[str, Any], runs: tuple[int, ...]) -> dict[str, Any]:
@@ -32,28 +32,25 @@ def cut(batch: dict[str, Any], runs: tuple[int, ...]) -> dict[str, Any]:
 
 
 def slice_errors(
-    model: Any, batch: dict[str, Any], slices: dict[str, Any], runs: tuple[int, ...], **options: Any
+    model: Any, reference: Any, batch: dict[str, Any], slices: dict[str, Any], runs: tuple[int, ...]
 ) -> dict[str, float]:
     """Relative errors of the loss, of this rank's own logits, and of every gradient, averaged over the ranks."""
-    reference = copy.deepcopy(model)
-    expected = reference(**batch, use_cache=False)
-    transform(model, len(runs), inputs="sharded", **options)
-    found = model(**slices)
+    model.zero_grad()
+    reference.zero_grad()
+    expected, found = reference(**batch, use_cache=False), model(**slices)
     own = cut({"logits": expected.logits}, runs)["logits"]
     assert found.logits.shape == own.shape
-    errors = {"logits": relative_error(found.logits, own)}
-    errors["gathered"] = relative_error(model.surgery.gather(found.logits), expected.logits)
-    if expected.loss is not None:
-        errors["loss"] = relative_error(found.loss, expected.loss)
-        expected.loss.backward()
-        found.loss.backward()
-        whole = gradients_of(reference)
-        floor = SMALLEST_SHARE * max(float(gradient.abs().max()) for gradient in whole.values())
-        group = model.surgery.mpu.get_sequence_parallel_group()
-        for name, gradient in gradients_of(model, group).items():
-            errors[name] = relative_error(gradient, whole[name], floor)
-    restore(model)
-    return errors
+    expected.loss.backward()
+    found.loss.backward()
+    whole = gradients_of(reference)
+    floor = SMALLEST_SHARE * max(float(gradient.abs().max()) for gradient in whole.values())
+    gradients = gradients_of(model, model.surgery.mpu.get_sequence_parallel_group())
+    return {
+        "logits": relative_error(found.logits, own) if own.numel() else 0.0,
+        "gathered": relative_error(model.surgery.gather(found.logits), expected.logits),
+        "loss": relative_error(found.loss, expected.loss),
+        **{name: relative_error(gradient, whole[name], floor) for name, gradient in gradients.items()},
+    }
 
 
 def _plain(runs: tuple[int, ...]) -> dict[str, Any]:
@@ -87,76 +84,88 @@ BATCHES: dict[str, Callable[[tuple[int, ...]], dict[str, Any]]] = {
 }
 
 
-def _prove(kind: str, runs: tuple[int, ...], name: str = "llama", **options: Any) -> dict[str, float]:
-    batch = BATCHES[kind](runs)
-    return slice_errors(make_model(name), batch, cut(batch, runs), runs, **options)
-
-
-@pytest.mark.parametrize("kind", BATCHES)
-def test_slices(ranks: RankPool, kind: str) -> None:
-    assert_exact(ranks.run(_prove, kind, CUTS["even"]))
-
-
-@pytest.mark.parametrize("cut_name", ["uneven", "one has all but three"])
-def test_slices_of_different_lengths(ranks: RankPool, cut_name: str) -> None:
-    assert_exact(ranks.run(_prove, "packed", CUTS[cut_name]))
-
-
-def test_on_a_grid(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_prove, "padded", (20, 12), "qwen3"))
-
-
-def _prove_double() -> dict[str, float]:
-    from tests.proof import float_is_double
-
-    batch = _packed(CUTS["uneven"])
-    with float_is_double():
-        return slice_errors(make_model("llama", dtype=torch.float64), batch, cut(batch, CUTS["uneven"]), CUTS["uneven"])
-
-
-def test_double_precision(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_prove_double), torch.float64)
-
-
-def _prove_embeddings(runs: tuple[int, ...]) -> dict[str, float]:
-    """`inputs_embeds` made from weights of the caller's: their gradient averages to the unsharded one too."""
-    model, batch = make_model("llama"), make_batch(2, sum(runs))
-    source, labels = torch.randn(2, sum(runs), 64, generator=torch.Generator().manual_seed(0)), batch["labels"]
-    whole_scale, scale = (torch.ones(64, requires_grad=True) for _ in range(2))
-    copy.deepcopy(model)(inputs_embeds=source * whole_scale, labels=labels).loss.backward()
-    whole = {"inputs_embeds": source, "labels": labels}
-    slices = cut(whole, runs)
-    slices["inputs_embeds"] = slices["inputs_embeds"] * scale
-    errors = slice_errors(model, whole, slices, runs)
-    assert scale.grad is not None and whole_scale.grad is not None
-    dist.all_reduce(scale.grad)
-    errors["scale"] = relative_error(scale.grad / dist.get_world_size(), whole_scale.grad)
+def _prove(kind: str, cuts: tuple[tuple[int, ...], ...], name: str = "llama", **changes: Any) -> dict[str, float]:
+    model = make_model(name, **changes)
+    reference = copy.deepcopy(model)
+    transform(model, len(cuts[0]), inputs="sharded")
+    errors = {}
+    for runs in cuts:
+        batch = BATCHES[kind](runs)
+        found = slice_errors(model, reference, batch, cut(batch, runs), runs)
+        errors |= {f"{runs} {what}": error for what, error in found.items()}
+    restore(model)
     return errors
 
 
-@pytest.mark.parametrize("cut_name", ["even", "uneven"])
-def test_embeddings(ranks: RankPool, cut_name: str) -> None:
-    assert_exact(ranks.run(_prove_embeddings, CUTS[cut_name]))
+@pytest.mark.parametrize("kind", BATCHES)
+def test_slices(pair: RankPool, kind: str) -> None:
+    assert_exact(pair.run(_prove, kind, ((16, 16), (20, 12))))
+
+
+def test_slices_of_different_lengths(ranks: RankPool) -> None:
+    assert_exact(ranks.run(_prove, "packed", tuple(CUTS.values())))
+
+
+def test_on_a_grid(ranks: RankPool) -> None:
+    assert_exact(ranks.run(_prove, "padded", ((20, 12),), "qwen3"))
+
+
+def _prove_double() -> dict[str, float]:
+    with float_is_double():
+        return _prove("packed", ((20, 12),), dtype=torch.float64)
+
+
+def test_double_precision(pair: RankPool) -> None:
+    assert_exact(pair.run(_prove_double), torch.float64)
+
+
+def _prove_embeddings() -> dict[str, float]:
+    """`inputs_embeds` made from weights of the caller's: their gradient averages to the unsharded one too."""
+    model = make_model("llama")
+    reference = copy.deepcopy(model)
+    transform(model, 2, inputs="sharded")
+    errors = {}
+    for runs in ((16, 16), (20, 12)):
+        source, labels = torch.randn(2, LENGTH, 64), make_batch(2, LENGTH)["labels"]
+        dist.broadcast(source, 0)
+        whole_scale, scale = (torch.ones(64, requires_grad=True) for _ in range(2))
+        whole = {"inputs_embeds": source * whole_scale, "labels": labels}
+        slices = cut({"inputs_embeds": source * scale, "labels": labels}, runs)
+        found = slice_errors(model, reference, whole, slices, runs)
+        assert scale.grad is not None and whole_scale.grad is not None
+        dist.all_reduce(scale.grad)
+        found["scale"] = relative_error(scale.grad / 2, whole_scale.grad)
+        errors |= {f"{runs} {what}": error for what, error in found.items()}
+    restore(model)
+    return errors
+
+
+def test_embeddings(pair: RankPool) -> None:
+    assert_exact(pair.run(_prove_embeddings))
 
 
 def _rows_of_a_mask() -> dict[str, float]:
     """The rows of this rank's tokens, over all keys, of an explicit mask [B, 1, S, S]."""
-    runs = CUTS["uneven"]
-    batch = make_batch(2, LENGTH)
+    runs = (20, 12)
+    model, batch = make_model("llama"), make_batch(2, LENGTH)
+    reference = copy.deepcopy(model)
+    transform(model, 2, inputs="sharded")
     mask = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.5
     mask = (mask | torch.eye(LENGTH, dtype=torch.bool)).tril()
     rows = cut({"mask": mask.movedim(2, 1)}, runs)["mask"].movedim(1, 2)
-    whole = {**batch, "attention_mask": mask}
-    return slice_errors(make_model("llama"), whole, {**cut(batch, runs), "attention_mask": rows}, runs)
+    slices = {**cut(batch, runs), "attention_mask": rows}
+    errors = slice_errors(model, reference, {**batch, "attention_mask": mask}, slices, runs)
+    restore(model)
+    return errors
 
 
-def test_rows_of_a_mask(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_rows_of_a_mask))
+def test_rows_of_a_mask(pair: RankPool) -> None:
+    assert_exact(pair.run(_rows_of_a_mask))
 
 
 def _count() -> tuple[dict[str, int], list[int], dict[str, int]]:
-    model = transform(make_model("llama"), 4, inputs="sharded")
-    batch = cut(_packed(CUTS["even"]), CUTS["even"])
+    model = transform(make_model("llama"), 2, inputs="sharded")
+    batch = cut(_packed((16, 16)), (16, 16))
     model(**batch)
     with CollectiveCounter() as forward:
         loss = model(**batch).loss
@@ -166,10 +175,10 @@ def _count() -> tuple[dict[str, int], list[int], dict[str, int]]:
     return dict(forward.calls), forward.sizes_bytes["all_gather_into_tensor"], dict(backward.calls)
 
 
-def test_two_small_all_gathers_a_step_and_none_a_layer(ranks: RankPool) -> None:
-    for forward, gathered_bytes, backward in ranks.run(_count):
+def test_two_small_all_gathers_a_step_and_none_a_layer(pair: RankPool) -> None:
+    for forward, gathered_bytes, backward in pair.run(_count):
         assert forward == {"all_gather_into_tensor": 2, "all_to_all_single": 4, "all_reduce": 1}
-        num_inputs, tokens, integer_bytes = 3, 2 * LENGTH // 4, 8
+        num_inputs, tokens, integer_bytes = 3, 2 * LENGTH // 2, 8
         assert gathered_bytes == [4 * integer_bytes, num_inputs * tokens * integer_bytes]
         assert backward == {"all_to_all_single": 4, "all_reduce": 1}
 
@@ -233,18 +242,18 @@ def _compiled() -> tuple[float, int]:
     torch._dynamo.utils.counters.clear()
     model = make_model("llama", num_hidden_layers=1)
     reference = copy.deepcopy(model)
-    transform(model, 4, inputs="sharded")
+    transform(model, 2, inputs="sharded")
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     errors = []
     for length in (32, 48, 64):
         batch = make_batch(2, length)
-        found: Tensor = compiled(**cut(batch, run_lengths(length, 4))).loss
+        found: Tensor = compiled(**cut(batch, run_lengths(length, 2))).loss
         errors.append(relative_error(found, reference(**batch).loss))
     restore(model)
     return max(errors), sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-def test_compiled(ranks: RankPool) -> None:
-    for error, num_breaks in ranks.run(_compiled):
+def test_compiled(pair: RankPool) -> None:
+    for error, num_breaks in pair.run(_compiled):
         assert error <= 1e-5
         assert num_breaks == 0
