@@ -88,7 +88,7 @@ def _prove(kind: str, cuts: tuple[tuple[int, ...], ...], name: str = "llama", **
     model = make_model(name, **changes)
     reference = copy.deepcopy(model)
     transform(model, len(cuts[0]), inputs="sharded")
-    errors = {}
+    errors: dict[str, float] = {}
     for runs in cuts:
         batch = BATCHES[kind](runs)
         found = slice_errors(model, reference, batch, cut(batch, runs), runs)
@@ -124,7 +124,7 @@ def _prove_embeddings() -> dict[str, float]:
     model = make_model("llama")
     reference = copy.deepcopy(model)
     transform(model, 2, inputs="sharded")
-    errors = {}
+    errors: dict[str, float] = {}
     for runs in ((16, 16), (20, 12)):
         source, labels = torch.randn(2, LENGTH, 64), make_batch(2, LENGTH)["labels"]
         dist.broadcast(source, 0)
