@@ -3,6 +3,7 @@
 attention(q, k, v, None, causal)              ->  sdpa(q, k, v, None, is_causal=True)    no S x S tensor
 attention(q, k, v, attention_mask(window))    ->  sdpa(q, k, v, make_mask(window))       one mask, shared by layers
 attention(q, k, v, None, call 3)              ->  flash_attention_forward(q, k, v, None, module, {scaling: ...})
+attention(rows of q, k, v, None, causal)      ->  sdpa(q, k, v, causal_rows)             where ranks share a head
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ from passes.locate_attention import MASK
 from surgery.errors import UnsupportedOperationError
 from surgery.implementations import registered, sdpa, written_out
 from surgery.mask_making import TORCH_SDPA, mask_maker
-from surgery.metadata import Context, Site
+from surgery.metadata import KEY, Context, NodeFacts, Site
+from surgery.own_heads import PER_ROW
 from surgery.pipeline import PassResult
+from surgery.placement import RowSharded
 from surgery.recorded import TENSOR_MASKS
+from surgery.rows import causal_rows, own_rows
+from surgery.rules.attention import SEQUENCE_DIM
 from surgery.rules.call import bind_arguments
+from surgery.shapes import shape_of
+from surgery.sizes import Size, size_node
 
+MASK_PLACE = 3  # in the arguments of an implementation
 CONSTANTS = (fx.Node, str, int, float, bool, type(None), torch.dtype, torch.device)
 """What the arguments of a graph's node may be made of."""
 
@@ -65,6 +73,48 @@ def lower_site(graph: fx.Graph, site: Site, context: Context) -> None:
             module = graph.create_node("get_attr", site.call.module_path)
         site.node.target = registered(site.call, hidden)
         site.node.args = (*tokens, module, shown)
+    if site.shares_rows:
+        cut_to_rows(graph, site, given, context)
+
+
+def cut_to_rows(graph: fx.Graph, site: Site, given: dict[str, Any], context: Context) -> None:
+    """Give a call that attends for some queries only the rows of its mask, and of a bias, for those."""
+    call = site.node
+    with graph.inserting_before(call):
+        length = size_node(graph, shape_of(given["query"].meta["val"])[SEQUENCE_DIM], context.sizes)
+        mask = given["mask"]
+        if mask is not None:
+            mask = _own_rows(mask, SEQUENCE_DIM, length, site, context)
+        elif call.kwargs["is_causal"] and (site.call is None or site.call.function is sdpa_attention_forward):
+            mask = _causal_rows(given["query"], given["key"], length, site, context)
+        rest = [_cut_keywords(arg, length, site, context) for arg in call.args[MASK_PLACE + 1 :]]
+    call.args = (*call.args[:MASK_PLACE], mask, *rest)
+
+
+def _own_rows(x: fx.Node, dim: int, length: Size, site: Site, context: Context) -> fx.Node:
+    rows = site.node.graph.call_function(own_rows, (x, dim, site.num_heads, length), {"axis": context.axis})
+    rows.meta = {**x.meta, KEY: NodeFacts((RowSharded(),), "conversion")}
+    return rows
+
+
+def _cut_keywords(arg: Any, length: Size, site: Site, context: Context) -> Any:
+    if not isinstance(arg, dict):
+        return arg
+    cut = {name: dim for name, dim in PER_ROW.items() if isinstance(arg.get(name), fx.Node)}
+    return {**arg, **{name: _own_rows(arg[name], dim, length, site, context) for name, dim in cut.items()}}
+
+
+def _causal_rows(query: fx.Node, key: fx.Node, length: Size, site: Site, context: Context) -> fx.Node:
+    """The mask that stands for `is_causal`, made once for all calls of as many heads and keys."""
+    wanted = (site.num_heads, length, key.meta["val"].shape[SEQUENCE_DIM])
+    for made in site.node.graph.find_nodes(op="call_function", target=causal_rows):
+        if (*made.args[1:], made.meta["val"].shape[-1]) == wanted:
+            return made
+    rows = site.node.graph.call_function(causal_rows, (key, site.num_heads, length), {"axis": context.axis})
+    shape = (1, 1, query.meta["val"].shape[SEQUENCE_DIM], wanted[-1])
+    rows.meta = {**site.node.meta, "val": key.meta["val"].new_empty(shape, dtype=torch.bool)}
+    rows.meta[KEY] = NodeFacts((RowSharded(),), "conversion")
+    return rows
 
 
 def _is_constant(value: Any) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from surgery.collectives import all_reduce
 from surgery.metadata import KEY, Context, NodeFacts, facts_of
 from surgery.pipeline import PassResult
-from surgery.placement import PARTIAL, REPLICATED, HeadSharded, Placement, Sharded
+from surgery.placement import PARTIAL, REPLICATED, HeadSharded, Placement, RowSharded, Sharded
 from surgery.randomness import SEEDED, draws, own_seed, seed_addend, seeded
 
 
@@ -58,7 +58,7 @@ def is_random(node: fx.Node) -> bool:
 
 def is_apart(node: fx.Node) -> bool:
     """Whether each rank draws for tokens, or heads, of its own."""
-    return any(isinstance(placement, (Sharded, HeadSharded)) for placement in facts_of(node).placements)
+    return any(isinstance(placement, (Sharded, HeadSharded, RowSharded)) for placement in facts_of(node).placements)
 
 
 def insert_own_seed(graph: fx.Graph, context: Context) -> fx.Node:

@@ -21,11 +21,12 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from surgery import collectives, cross_exchange, exchange
+from surgery import collectives, cross_exchange, exchange, row_exchange
 from surgery.head_plan import HeadPlan
 from surgery.metadata import Context, Site
 from surgery.notation import BATCH, LENGTHS, Notation, notation_of, spell
 from surgery.program import Program
+from surgery.row_plan import RowPlan
 from surgery.shapes import product, shape_of
 
 Direction = Literal["forward", "backward"]
@@ -111,8 +112,7 @@ def _exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
     query, key, output = value if is_first else (value, value, value)
     plan = HeadPlan(int(query.shape[1]), int(key.shape[1]), notation.sp_size)
     sizes = plan.most_bytes_per_token(int(query.shape[3]), int(output.shape[3]), query.element_size())
-    tokens = notation.letters(shape_of(query)[0] * shape_of(query)[2]) / notation.sp_size
-    return tokens * sizes[0 if is_first else 1]
+    return _tokens(query, notation) * sizes[0 if is_first else 1]
 
 
 def _cross_exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
@@ -123,8 +123,27 @@ def _cross_exchanged(node: fx.Node, notation: Notation) -> sympy.Expr:
     plan = HeadPlan(num_heads, count, notation.sp_size)
     counts = [len(plan.heads(rank) if is_query else plan.kv_heads(rank)) for rank in range(notation.sp_size)]
     size = sum(int(x.shape[3]) * x.element_size() for x in tokens)
-    shape = shape_of(tokens[0])
-    return notation.letters(shape[0] * shape[2]) / notation.sp_size * (sum(counts) - min(counts)) * size
+    return _tokens(tokens[0], notation) * (sum(counts) - min(counts)) * size
+
+
+def _exchanged_rows(node: fx.Node, notation: Notation) -> sympy.Expr:
+    """As many for each token as `RowPlan` says; queries and keys are of two lengths in cross-attention."""
+    value = node.meta["val"]
+    if not isinstance(value, tuple):
+        plan = RowPlan(int(value.shape[1]), int(value.shape[1]), notation.sp_size)
+        returned = max(plan.returned_features(rank, int(value.shape[3])) for rank in range(notation.sp_size))
+        return _tokens(value, notation) * returned * value.element_size()
+    query, key, output = value
+    plan = RowPlan(int(query.shape[1]), int(key.shape[1]), notation.sp_size)
+    queries = max(plan.sent_queries(rank) for rank in range(notation.sp_size)) * int(query.shape[3])
+    keys = (notation.sp_size - 1) * (int(key.shape[3]) + int(output.shape[3]))
+    sent = _tokens(query, notation) * queries + _tokens(key, notation) * keys
+    return sent * query.element_size()
+
+
+def _tokens(x: Tensor, notation: Notation) -> sympy.Expr:
+    """How many tokens of `x`, [B, N, S, H], one rank holds."""
+    return notation.letters(shape_of(x)[0] * shape_of(x)[2]) / notation.sp_size
 
 
 KINDS: dict[Any, Kind] = {
@@ -132,6 +151,8 @@ KINDS: dict[Any, Kind] = {
     exchange.exchange_to_sequence: Kind("all-to-all", "all-to-all", _exchanged),
     cross_exchange.exchange_queries: Kind("all-to-all", "all-to-all", _cross_exchanged),
     cross_exchange.exchange_keys: Kind("all-to-all", "all-to-all", _cross_exchanged),
+    row_exchange.exchange_to_rows: Kind("all-to-all", "all-to-all", _exchanged_rows),
+    row_exchange.exchange_from_rows: Kind("all-to-all", "all-to-all", _exchanged_rows),
     collectives.gather: Kind("all-gather", "reduce-scatter", partial(_shared, times=1)),
     collectives.all_reduce: Kind("all-reduce", "all-reduce", partial(_shared, times=2)),
 }

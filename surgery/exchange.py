@@ -78,13 +78,15 @@ def exchange_flat(tokens: Sequence[Tensor], owned: Sequence[Sequence[range]], le
     packets = [_packet(tokens, heads) for heads in owned]
     parts = [(len(heads), x.shape[3]) for heads, x in zip(owned[axis.rank], tokens, strict=True)]
     num_features = sum(count * head_size for count, head_size in parts)
-    received = all_to_all_runs(
-        torch.cat([packet.flatten() for packet in packets]),
-        [packet.numel() for packet in packets],
-        [run * batch_size * num_features for run in run_lengths(length, axis.size)],
-        axis.group_name,
-    )
+    counts = [run * batch_size * num_features for run in run_lengths(length, axis.size)]
+    received = send([packet.flatten() for packet in packets], counts, axis)
     return _taken_apart(received.view(length, batch_size, num_features), parts)
+
+
+def send(packets: Sequence[Tensor], received: Sequence[int], axis: Axis) -> Tensor:
+    """One all-to-all of flat packets, one for each rank; `received` counts the numbers that each rank sends here."""
+    counts = [packet.numel() for packet in packets]
+    return all_to_all_runs(torch.cat(list(packets)), counts, received, axis.group_name)
 
 
 def _packet(tokens: Sequence[Tensor], owned: Sequence[range]) -> Tensor:

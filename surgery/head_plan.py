@@ -5,8 +5,9 @@
     key and value heads       0         0 1       1         2          those that the query heads need
 
 Query heads are dealt out as tokens are: rank r has those from r*N//P to (r+1)*N//P. With more ranks than heads some
-have none, and attend to nothing. Each query head of a token travels to the one rank that attends with it, each key and
-value head of a token to every rank that needs it, once and un-repeated: no exchange could send less.
+have none, and attend to nothing, unless they share the others' (`surgery/row_plan.py`). Each query head of a token
+travels to the one rank that attends with it, each key and value head of a token to every rank that needs it, once and
+un-repeated: no exchange could send less.
 """
 
 from __future__ import annotations

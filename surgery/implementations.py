@@ -48,7 +48,7 @@ def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
         is_causal: bool,
         axis: Axis,
     ) -> Tensor:
-        if query.shape[1] == 0:
+        if _is_idle(query):
             return without_heads(query, key, value)
         heads = own_heads(call, query.shape[1], key.shape[1], axis)
         given = _with_numbers(heads.cut_keywords({**keywords, **hidden}))
@@ -111,7 +111,7 @@ def sdpa(
 
     As in transformers, grouped heads go to the kernel as they are without a mask, and repeated with one.
     """
-    if query.shape[1] == 0:
+    if _is_idle(query):
         return without_heads(query, key, value)
     num_groups = query.shape[1] // key.shape[1]
     mask = _of_own_heads(mask, 1, query.shape[1], axis) if mask is not None else None
@@ -146,7 +146,7 @@ def written_out(
 
     Builds the scores [B, N/P, S, S] of this rank's heads, as the model's own eager attention does for all heads.
     """
-    if query.shape[1] == 0:
+    if _is_idle(query):
         return without_heads(query, key, value)
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
@@ -159,8 +159,15 @@ def written_out(
     return F.dropout(shares, dropout, dropout > 0.0) @ value
 
 
+def _is_idle(query: Tensor) -> bool:
+    return query.shape[1] == 0 or query.shape[2] == 0
+
+
 def without_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What a rank attends to that has no heads: nothing, [B, 0, S, H]. Gradients pass: other ranks wait for them."""
+    """What a rank attends to that has no heads, or no rows of one: nothing, [B, 0, S, H] or [B, 1, 0, H].
+
+    Gradients pass: other ranks wait for them.
+    """
     return query @ key.transpose(2, 3) @ value
 
 

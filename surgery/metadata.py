@@ -16,6 +16,7 @@ from surgery.head_plan import HeadPlan
 from surgery.opaque import OpaqueCall
 from surgery.placement import REPLICATED, Placement
 from surgery.recorded import RecordedCall, RecordedMask
+from surgery.row_plan import RowPlan
 from surgery.rules.call import Step
 from surgery.shapes import Lengths
 
@@ -77,7 +78,10 @@ class Mask:
 
 @dataclass
 class Site:
-    """One attention call. Sizes are of the whole model: `num_heads` N, `num_kv_heads` Nk, head sizes H."""
+    """One attention call. Sizes are of the whole model: `num_heads` N, `num_kv_heads` Nk, head sizes H.
+
+    `shares_rows`: of more ranks than heads, those of one head share its queries.
+    """
 
     node: fx.Node
     module_path: str
@@ -90,6 +94,7 @@ class Site:
     dropout: float
     mask: Mask | None = None
     call: RecordedCall | None = None
+    shares_rows: bool = False
 
     @property
     def implementation(self) -> str:
@@ -97,8 +102,8 @@ class Site:
         return self.call.implementation if self.call is not None else "sdpa"
 
     def plan(self, sp_size: int) -> HeadPlan:
-        """Which rank attends with which heads."""
-        return HeadPlan(self.num_heads, self.num_kv_heads, sp_size)
+        """Which rank attends with which heads, and rows of them."""
+        return (RowPlan if self.shares_rows else HeadPlan)(self.num_heads, self.num_kv_heads, sp_size)
 
 
 @dataclass(frozen=True)

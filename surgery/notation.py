@@ -3,6 +3,7 @@
     (s72, s38, 4096)       sharded(1)     [B, S/P, 4096]
     (s38*s72, 128256)      sharded(0)     [B*S/P, 128256]
     (s72, 32, s38, 128)    heads(1)       [B, 32/P, S, 128]
+    (s72, 2, s38, 128)     rows(2)        [B, 1, rows, 128]
     FloorDiv(s38, 8)                      S/P
 
 Letters: B batch, S sequence, T a decoder's sequence, P sequence-parallel ranks; heads and features are numbers.
@@ -24,7 +25,7 @@ from torch import Tensor, fx
 from torch.utils._sympy.functions import FloorDiv
 
 from surgery.metadata import Context, facts_of
-from surgery.placement import HeadSharded, Placement, Sharded
+from surgery.placement import HeadSharded, Placement, RowSharded, Sharded
 from surgery.shapes import Lengths, shape_of, to_expr
 
 BATCH, LENGTH, DECODER_LENGTH, RANKS = sympy.symbols("B S T P", positive=True, integer=True)
@@ -71,6 +72,8 @@ class Notation:
         elif isinstance(placement, HeadSharded):
             num_heads = int(value.shape[placement.dim])
             sizes[placement.dim] = f"{num_heads}/P" if num_heads >= self.sp_size else "1"
+        elif isinstance(placement, RowSharded):
+            sizes[placement.head_dim], sizes[placement.dim] = "1", "rows"
         return tuple(sizes)
 
     def argument(self, value: Any, name_of: Callable[[fx.Node], str]) -> str:

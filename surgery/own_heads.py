@@ -22,6 +22,8 @@ QUERY_HEADS = frozenset({"num_heads", "num_attention_heads", "n_head", "n_heads"
 KV_HEADS = frozenset({"num_key_value_heads", "num_kv_heads"})
 PER_HEAD = {"s_aux": 0, "position_bias": 1}
 """Keywords of attention calls that have an entry for each head, and in which dimension."""
+PER_ROW = {"position_bias": 2}
+"""Those that have one for each query too."""
 WITHOUT_HEADS = frozenset({"position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"})
 
 

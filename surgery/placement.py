@@ -66,7 +66,18 @@ class HeadSharded:
         return f"heads({self.dim})"
 
 
-Placement = Replicated | Partial | Sharded | HeadSharded
+@dataclass(frozen=True)
+class RowSharded:
+    """Rank r holds some rows (dim 2) of its one head: what the ranks of a head share inside an exchange."""
+
+    dim: int = 2
+    head_dim: int = 1
+
+    def __str__(self) -> str:
+        return f"rows({self.dim})"
+
+
+Placement = Replicated | Partial | Sharded | HeadSharded | RowSharded
 
 REPLICATED = Replicated()
 PARTIAL = Partial()

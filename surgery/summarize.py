@@ -6,14 +6,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from surgery.costs import find_traffic, site_bytes
+from surgery.head_plan import HeadPlan
 from surgery.layers import fold
 from surgery.metadata import Context, PassRecord, Site, facts_of
 from surgery.notation import notation_of, short_dtype, spell
 from surgery.operations import count_operations, find_gathered, find_whole
-from surgery.placement import HeadSharded, Sharded
+from surgery.placement import HeadSharded, RowSharded, Sharded
 from surgery.program import Program
 from surgery.recipe import SEQUENCE_PARALLEL
+from surgery.row_plan import RowPlan
 from surgery.summary import Header, OutputRow, PassRow, SiteRow, Summary
+from surgery.text import range_text
 
 if TYPE_CHECKING:
     from surgery.model_surgery import ModelSurgery
@@ -83,7 +86,7 @@ def _site_row(site: Site, context: Context, bypass: str | None) -> SiteRow:
     sp_size = context.axis.size
     plan = site.plan(sp_size)
     heads, kv_heads = ([len(own(rank)) for rank in range(sp_size)] for own in (plan.heads, plan.kv_heads))
-    is_exchanged = isinstance(facts_of(site.node).placement, HeadSharded)
+    is_exchanged = isinstance(facts_of(site.node).placement, HeadSharded | RowSharded)
     skipped = "bypassed: its tokens are whole on every rank"
     size = site_bytes(site, context) if is_exchanged else (0,) * len(context.lengths)
     return SiteRow(
@@ -99,8 +102,15 @@ def _site_row(site: Site, context: Context, bypass: str | None) -> SiteRow:
         mask=str(site.mask) if site.mask is not None else "the model's own tensor",
         forward_bytes_per_token=size,
         backward_bytes_per_token=size,
-        status=f"bypassed: {bypass}" if bypass is not None else "exchanged" if is_exchanged else skipped,
+        status=f"bypassed: {bypass}" if bypass is not None else _exchanged(plan) if is_exchanged else skipped,
     )
+
+
+def _exchanged(plan: HeadPlan) -> str:
+    if not isinstance(plan, RowPlan):
+        return "exchanged"
+    counts = [len(plan.sharers(head)) for head in range(plan.num_heads)]
+    return f"exchanged, {range_text(min(counts), max(counts))} ranks a head"
 
 
 def _without_path(row: SiteRow) -> tuple[object, ...]:

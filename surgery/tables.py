@@ -12,7 +12,7 @@ from rich.text import Text
 
 from surgery.costs import Traffic
 from surgery.summary import PassRow, Summary
-from surgery.text import bytes_text
+from surgery.text import bytes_text, range_text
 
 Shown = Iterator[RenderableType]
 
@@ -36,8 +36,8 @@ def attention(summary: Summary) -> Shown:
         _add(
             table,
             Text.assemble(row.path, (times, "bold blue"), (f"\n  {site.source_line}", "dim")),
-            f"{_range(site.fewest_heads_per_rank, site.heads_per_rank)} of {site.num_heads}",
-            f"{_range(site.fewest_kv_heads_per_rank, site.kv_heads_per_rank)} of {site.num_kv_heads}",
+            f"{range_text(site.fewest_heads_per_rank, site.heads_per_rank)} of {site.num_heads}",
+            f"{range_text(site.fewest_kv_heads_per_rank, site.kv_heads_per_rank)} of {site.num_kv_heads}",
             f"{site.implementation}\n{site.mask}",
             _sent_both_ways(site.forward_bytes_per_token, site.backward_bytes_per_token),
             site.status,
@@ -49,10 +49,6 @@ def _sent_both_ways(forward: tuple[int, ...], backward: tuple[int, ...]) -> str:
     """`1,536 + 1,536`; of two sequences a line for each: `S 1,024 + 1,024`, `T 512 + 512`."""
     pairs = zip(("", "") if len(forward) == 1 else ("S ", "T "), forward, backward, strict=False)
     return "\n".join(f"{name}{sent:,} + {returned:,}" for name, sent, returned in pairs if sent or returned or not name)
-
-
-def _range(fewest: int, most: int) -> str:
-    return f"{fewest}-{most}" if fewest < most else str(most)
 
 
 def cost(summary: Summary) -> Shown:

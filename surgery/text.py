@@ -37,3 +37,8 @@ def count_text(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return str(count)
+
+
+def range_text(fewest: int, most: int) -> str:
+    """`1-2`, or `2` where all have as many."""
+    return f"{fewest}-{most}" if fewest < most else str(most)
