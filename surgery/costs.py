@@ -159,9 +159,9 @@ KINDS: dict[Any, Kind] = {
 
 
 def site_bytes(site: Site, context: Context) -> tuple[int, ...]:
-    """What a rank sends around one attention call, forward, for each token it holds: of S, and of T if there is one."""
+    """What a rank exchanges around one attention call, forward, for each token it holds: of S, and of T if any."""
     sources = [getattr(arg, "args", (arg,))[0] if _is_part(arg) else arg for arg in site.node.args]
-    around = {node for node in (*sources, *site.node.users) if isinstance(node, fx.Node) and node.target in KINDS}
+    around = {node for node in (*sources, *site.node.users) if isinstance(node, fx.Node) and _is_exchange(node)}
     notation = notation_of(context)
     sent = per_token(sum(KINDS[node.target].sent(node, notation) for node in around), context)
     assert sent is not None
@@ -174,6 +174,11 @@ def per_token(size: sympy.Expr, context: Context) -> tuple[int, ...] | None:
     counts = [sympy.expand(size).coeff(BATCH * length) * context.axis.size for length in LENGTHS[: len(held)]]
     rest = sympy.simplify(size - sum(count * tokens for count, tokens in zip(counts, held, strict=True)))
     return tuple(map(int, counts)) if rest == 0 and all(count.is_Integer for count in counts) else None
+
+
+def _is_exchange(node: fx.Node) -> bool:
+    kind = KINDS.get(node.target)
+    return kind is not None and kind.forward == "all-to-all"
 
 
 def _is_part(arg: object) -> bool:

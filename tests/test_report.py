@@ -130,6 +130,13 @@ def test_outputs_say_how_to_make_them_whole(llama: Any) -> None:
     assert "model.surgery.gather(logits)" in report_of(llama).to_text()
 
 
+def test_a_mask_that_is_gathered_is_no_part_of_the_exchange() -> None:
+    model = transform(make_model("doge"), 2)
+    queries_and_outputs, keys_and_values, float_bytes = 2 * 8 * 8, 2 * 4 * 8, 4
+    expected = (queries_and_outputs + keys_and_values) * float_bytes // 2
+    assert report_of(model).summary.sites[0].first.forward_bytes_per_token == (expected,)
+
+
 def test_every_pass_has_a_purpose(llama: Any) -> None:
     assert all(row.purpose for row in report_of(llama).summary.passes)
 
