@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.errors import CaptureError
 from surgery.host_randomness import refused_host_randomness
-from surgery.opaque import CONSTANTS, Arguments, Number, Operand, Result, Results
+from surgery.opaque import CONSTANTS, Arguments, Number, Results, TensorSpec
 from surgery.private import FakeTensorMode
 from surgery.randomness import draws
 from surgery.shapes import Shape
@@ -91,7 +91,7 @@ def _run(path: str, module: nn.Module, arguments: Arguments, sizes: Sizes) -> Ru
     """Call a copy of `module` twice at `sizes`, on the same inputs and from the same seed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True) if _is_without_memory(module) else None
     twin = _twin(module, mode)
-    devices = {leaf.device for leaf in arguments.leaves if isinstance(leaf, Operand) and leaf.device.type == "cuda"}
+    devices = {leaf.device for leaf in arguments.leaves if isinstance(leaf, TensorSpec) and leaf.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
@@ -196,7 +196,7 @@ def _twin(module: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
 def _example(leaf: Any, sizes: Sizes) -> Any:
     if isinstance(leaf, Number):
         return int(leaf.expr.subs(sizes))
-    if not isinstance(leaf, Operand):
+    if not isinstance(leaf, TensorSpec):
         return leaf
     shape = [int(size.subs(sizes)) for size in leaf.shape]
     if leaf.dtype.is_floating_point:
@@ -211,7 +211,7 @@ def _learn(path: str, column: tuple[Any, ...], trials: list[Sizes]) -> Any:
             raise CaptureError(f"{path} returns tensors of other types for other sizes. Expected one.")
         dims = zip(*(x.shape for x in column), strict=True)
         shape: Shape = tuple(_fit(path, sizes, trials) for sizes in dims)
-        return Result(shape, column[0].dtype, column[0].device)
+        return TensorSpec(shape, column[0].dtype, column[0].device)
     if isinstance(column[0], CONSTANTS) and all(value == column[0] for value in column):
         return column[0]
     raise CaptureError(f"{path} returns a {type(column[0]).__name__}. Expected tensors, None and constants.")

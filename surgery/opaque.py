@@ -100,8 +100,8 @@ class InputSizes:
         return size
 
 
-class Operand(NamedTuple):
-    """A tensor among the arguments of a call."""
+class TensorSpec(NamedTuple):
+    """A tensor among the arguments or the results of a call."""
 
     shape: Shape
     dtype: torch.dtype
@@ -114,17 +114,9 @@ class Number(NamedTuple):
     expr: sympy.Expr
 
 
-class Result(NamedTuple):
-    """A tensor among the results of a call."""
-
-    shape: Shape
-    dtype: torch.dtype
-    device: torch.device
-
-
 @dataclass(frozen=True)
 class Arguments:
-    """What a module is called with: `Operand`s, `Number`s and constants, flattened."""
+    """What a module is called with: `TensorSpec`s, `Number`s and constants, flattened."""
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
@@ -138,21 +130,21 @@ class Arguments:
         """Operands and numbers in the order in which the module takes them."""
         tensors, sizes = iter(operands), iter(numbers)
         for leaf in self.leaves:
-            if isinstance(leaf, (Operand, Number)):
-                yield next(tensors) if isinstance(leaf, Operand) else next(sizes)
+            if isinstance(leaf, (TensorSpec, Number)):
+                yield next(tensors) if isinstance(leaf, TensorSpec) else next(sizes)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a module returns: `Result`s and constants, flattened; and whether it draws random numbers on the way."""
+    """What a module returns: `TensorSpec`s and constants, flattened; and whether it draws random numbers on the way."""
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     is_random: bool
 
     @property
-    def tensors(self) -> tuple[Result, ...]:
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Result))
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorSpec))
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ class OpaqueCall:
 
 
 def _expressions(leaf: Any) -> tuple[sympy.Expr, ...]:
-    if isinstance(leaf, Operand):
+    if isinstance(leaf, TensorSpec):
         return leaf.shape
     return (leaf.expr,) if isinstance(leaf, Number) else ()
 
@@ -249,7 +241,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 def _describe(value: Any, path: str, sizes: InputSizes) -> Any:
     if isinstance(value, Tensor):
-        return Operand(sizes.rename(shape_of(value)), value.dtype, value.device)
+        return TensorSpec(sizes.rename(shape_of(value)), value.dtype, value.device)
     if isinstance(value, torch.SymInt):
         return Number(sizes.rename((to_expr(value),))[0])
     if isinstance(value, CONSTANTS):
@@ -276,7 +268,7 @@ def _emit(call: OpaqueCall, index: int, values: list[Any], known: InputSizes) ->
         tensors[0].device,
     )
     remaining = iter(made)
-    leaves = [next(remaining) if isinstance(leaf, Result) else leaf for leaf in call.results.leaves]
+    leaves = [next(remaining) if isinstance(leaf, TensorSpec) else leaf for leaf in call.results.leaves]
     return pytree.tree_unflatten(leaves, call.results.spec)
 
 
@@ -290,7 +282,7 @@ def make_runner(call: OpaqueCall) -> Callable[..., tuple[Tensor, ...]]:
 
     def run(module: nn.Module, *values: Any, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         remaining = iter(values)
-        leaves = [next(remaining) if isinstance(leaf, (Operand, Number)) else leaf for leaf in template]
+        leaves = [next(remaining) if isinstance(leaf, (TensorSpec, Number)) else leaf for leaf in template]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         made = tuple(x for x in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(x, Tensor))
         found, expected = [list(x.shape) for x in made], split_sizes(sizes, ndims)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgery import CaptureError, UnsupportedOperationError, restore, transform
 from surgery.learning import learn_results
-from surgery.opaque import Arguments, Operand
+from surgery.opaque import Arguments, TensorSpec
 from tests.opaque_modules import EXACT, REFUSED, Halving, Loop, make_opaque
 from tests.proof import assert_exact, compare, prove, relative_error
 from tests.ranks import RankPool
@@ -133,7 +133,7 @@ S, B = sympy.Symbol("s", integer=True, positive=True), sympy.Symbol("b", integer
 
 def _learn(module: nn.Module) -> Any:
     spec = pytree.tree_structure(((0,), {}))
-    operand = Operand((B, S, sympy.Integer(64)), torch.float32, torch.device("cpu"))
+    operand = TensorSpec((B, S, sympy.Integer(64)), torch.float32, torch.device("cpu"))
     return learn_results("mlp", module, Arguments((operand,), spec), {B: 2, S: 64})
 
 

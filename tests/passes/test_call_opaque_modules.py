@@ -17,7 +17,7 @@ from passes.insert_conversions import InsertConversions
 from passes.propagate_placements import PropagatePlacements
 from surgery.errors import InputError, UnsupportedOperationError
 from surgery.metadata import Skip
-from surgery.opaque import Arguments, OpaqueCall, Operand, Result, Results, make_runner
+from surgery.opaque import Arguments, OpaqueCall, Results, TensorSpec, make_runner
 from tests.golden import check_golden
 from tests.tracing import operate, trace
 
@@ -28,8 +28,8 @@ CALL = OpaqueCall(
     "layers.0.mixer",
     "Mixer",
     "it loops",
-    Arguments((Operand(FIXED, torch.float64, CPU), None), pytree.tree_structure(((0, 0), {}))),
-    Results((Result(FIXED, torch.float64, CPU),), pytree.tree_structure(0), is_random=False),
+    Arguments((TensorSpec(FIXED, torch.float64, CPU), None), pytree.tree_structure(((0, 0), {}))),
+    Results((TensorSpec(FIXED, torch.float64, CPU),), pytree.tree_structure(0), is_random=False),
 )
 
 
