@@ -86,7 +86,7 @@ def find_sequence_dims(call: BoundCall) -> tuple[dict[str, int], str | None]:
         is_of_sequences = tensor.ndim == 1 and name in SAMPLE_INPUTS
         if tensor.ndim == 0 or is_of_sequences or name.startswith(WHOLE_INPUTS):
             continue
-        dim = sequence_dim(name, tensor)
+        dim = sliced_dim(name, tensor)
         if tensor.shape[dim] == call.length:
             dims[name] = dim
         elif name in SEQUENCE_NAMES:
@@ -97,7 +97,7 @@ def find_sequence_dims(call: BoundCall) -> tuple[dict[str, int], str | None]:
     return dims, None
 
 
-def sequence_dim(name: str, tensor: Tensor) -> int:
+def sliced_dim(name: str, tensor: Tensor) -> int:
     """Where the tokens lie: [B, S, ...]; positions [..., S]; the queries of a mask [B, 1, S, S]."""
     if name == "position_ids" or tensor.ndim == 1:
         return tensor.ndim - 1

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from surgery.axis import run_lengths
 from surgery.errors import ConfigurationError, InputError
-from surgery.sharded_inputs import SEQUENCE_NAMES, WHOLE_INPUTS, sequence_dim
+from surgery.sharded_inputs import SEQUENCE_NAMES, WHOLE_INPUTS, sliced_dim
 
 CONSUMED = "ulysses_consumed"
 
@@ -146,7 +146,7 @@ def _describe(batch: Mapping[str, Any] | None, size: int) -> tuple[list[Tensor],
     tensors, whole = _sort(prepared)
     runs = run_lengths(prepared["input_ids"].shape[1], size)
     slices = [
-        {name: tensor.narrow(sequence_dim(name, tensor), start - run, run) for name, tensor in tensors.items()}
+        {name: tensor.narrow(sliced_dim(name, tensor), start - run, run) for name, tensor in tensors.items()}
         for start, run in zip(accumulate(runs), runs, strict=True)
     ]
     parts = [torch.cat([nothing[0], *(_bytes_of(tensor) for tensor in part.values())]) for part in slices]
@@ -171,7 +171,7 @@ def _find_problem(batch: dict[str, Any]) -> str | None:
         return f"expected input_ids [B, S] in every batch, found {', '.join(sorted(batch))}. Collate into a mapping."
     for name in SEQUENCE_NAMES & batch.keys():
         shape = tuple(batch[name].shape)
-        if shape[sequence_dim(name, batch[name])] != ids.shape[1]:
+        if shape[sliced_dim(name, batch[name])] != ids.shape[1]:
             return f"{name} {shape} and input_ids {tuple(ids.shape)} differ in length. Collate them alike."
     return None
 
@@ -185,7 +185,7 @@ def _sort(batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(value, Tensor)
         and value.ndim > 1
         and not name.startswith(WHOLE_INPUTS)
-        and value.shape[sequence_dim(name, value)] == length
+        and value.shape[sliced_dim(name, value)] == length
     }
     whole = {name: value for name, value in batch.items() if name not in cut}
     return cut, {name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole.items()}
