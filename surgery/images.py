@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from surgery.private import calls_replaced
 from surgery.signature import (
     COUNTED_INPUTS,
-    IMAGES,
+    IMAGE_PREFIX,
     SAMPLE_INPUTS,
     SCALAR_INPUTS,
     BoundCall,
@@ -30,7 +30,8 @@ from surgery.signature import (
 )
 
 NO_CACHE = {"use_cache": False}
-LIMITLESS = SCALAR_INPUTS | COUNTED_INPUTS | SAMPLE_INPUTS
+BATCH_INPUTS = SCALAR_INPUTS | COUNTED_INPUTS | SAMPLE_INPUTS
+"""Arguments without a dimension for the tokens."""
 
 
 class UnmergedError(Exception):
@@ -101,7 +102,7 @@ def _of_tokens(call: BoundCall) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in call.tensors.items()
-        if name != "input_ids" and not name.startswith(IMAGES) and ("s" in dims[name] or name in LIMITLESS)
+        if name != "input_ids" and not name.startswith(IMAGE_PREFIX) and ("s" in dims[name] or name in BATCH_INPUTS)
     }
 
 

@@ -22,8 +22,9 @@ COUNTED_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 """Inputs of one dimension that has its own length on every call: the ends of documents, of which there are many."""
 SAMPLE_INPUTS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "sentence_order_label"})
 """Arguments that may have one number for each sequence of the batch: [B]."""
-IMAGES = "pixel_values"
-FIXED_INPUTS = (IMAGES, "input_features", "input_values")
+IMAGE_PREFIX = "pixel_values"
+"""How the names of images and videos begin."""
+FIXED_INPUTS = (IMAGE_PREFIX, "input_features", "input_values")
 """Images and sound: their sizes are no lengths of token sequences, whatever they happen to be."""
 
 
@@ -82,7 +83,7 @@ class BoundCall:
 
 def has_images(call: BoundCall) -> bool:
     """Whether a call has images or videos, by the start of their names."""
-    return any(name.startswith(IMAGES) for name in call.tensors)
+    return any(name.startswith(IMAGE_PREFIX) for name in call.tensors)
 
 
 def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BoundCall:
