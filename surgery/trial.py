@@ -61,8 +61,8 @@ def try_model(make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: Se
     except Exception as error:
         yield from (Outcome(kind, UNRUNNABLE, explain(error)) for kind in kinds)
         return
-    with Patient(model, config, sp_size) as patient:
-        yield from (try_kind(patient, kind) for kind in kinds)
+    with Twins(model, config, sp_size) as twins:
+        yield from (try_kind(twins, kind) for kind in kinds)
 
 
 def build(make: MakeModel, config: PreTrainedConfig) -> nn.Module:
@@ -75,7 +75,7 @@ def build(make: MakeModel, config: PreTrainedConfig) -> nn.Module:
     return model.train()
 
 
-class Patient:
+class Twins:
     """A model and its transformed twin, which all kinds of input share: a signature is captured once."""
 
     def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int) -> None:
@@ -84,7 +84,7 @@ class Patient:
         self._twin: Any = None
         self._closing = ExitStack()
 
-    def __enter__(self) -> Patient:
+    def __enter__(self) -> Twins:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,45 +108,45 @@ class Patient:
         return self._twin
 
     @functools.cached_property
-    def in_float64(self) -> Patient:
+    def in_float64(self) -> Twins:
         twin = copy.deepcopy(self.model).double()
         for module in twin.modules():
             if hasattr(getattr(module, "config", None), "_experts_implementation"):
                 module.config._experts_implementation = "eager"  # type: ignore[union-attr]  # grouped_mm has no float64
-        return self._closing.enter_context(Patient(twin, self.config, self.sp_size))
+        return self._closing.enter_context(Twins(twin, self.config, self.sp_size))
 
 
-def try_kind(patient: Patient, kind: str) -> Outcome:
+def try_kind(twins: Twins, kind: str) -> Outcome:
     """One trial in float32; what looks wrong there is measured again in float64, which tells errors from rounding."""
     started = time.perf_counter()
-    outcome = _trial(patient, kind)
+    outcome = _trial(twins, kind)
     if outcome.verdict == WRONG and outcome.error is not None:
         with float_is_double():
-            again = _trial(patient.in_float64, kind)
+            again = _trial(twins.in_float64, kind)
         if again.verdict in FINE:
             note = f"float32 rounding {outcome.error:.0e}, float64 {again.error:.0e}"
             outcome = Outcome(kind, again.verdict, note, again.error, again.where, again.cost)
     return Outcome(**{**outcome.to_dict(), "elapsed_s": round(time.perf_counter() - started, 1)})
 
 
-def _trial(patient: Patient, kind: str) -> Outcome:
-    if not is_applicable(kind, patient.model):
+def _trial(twins: Twins, kind: str) -> Outcome:
+    if not is_applicable(kind, twins.model):
         return Outcome(kind, UNRUNNABLE, "its forward takes no such arguments")
-    batch = make_batch(kind, patient.config)
+    batch = make_batch(kind, twins.config)
     try:
-        reference = run_whole(copy.deepcopy(patient.model), batch)
+        reference = run_whole(copy.deepcopy(twins.model), batch)
     except Exception as error:
         return Outcome(kind, UNRUNNABLE, explain(error))
-    model = patient.transformed()
+    model = twins.transformed()
     if model is None:
-        return Outcome(kind, REFUSED, patient.refusal)
+        return Outcome(kind, REFUSED, twins.refusal)
     run = run_sharded if dist.is_initialized() else run_simulated
     try:
         own, where = worst(run(model, reference, batch))
     except Exception as error:
         return Outcome(kind, REFUSED, explain(error))
     largest, cost = _largest_of_ranks(own), describe_cost(model, batch)
-    verdict = WRONG if largest > TOLERANCE[patient.dtype] else GATHERED if cost else EXACT
+    verdict = WRONG if largest > TOLERANCE[twins.dtype] else GATHERED if cost else EXACT
     return Outcome(kind, verdict, error=largest, where=where, cost=cost)
 
 
