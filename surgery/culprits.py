@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from surgery.errors import CaptureError
+from surgery.errors import CaptureError, causes_of
 from surgery.learning import learn_results
 from surgery.metadata import Skip
 from surgery.opaque import OpaqueModules, UnlearnedError
@@ -115,7 +115,7 @@ def trace_around(model: nn.Module, trace: Callable[[OpaqueModules], T]) -> tuple
 def find_modules_around(model: nn.Module, error: BaseException) -> list[tuple[str, nn.Module]]:
     """The modules of `model` around the place where a trace stopped, with their paths, innermost first."""
     paths = {id(module): path for path, module in model.named_modules()}
-    found = [module for cause in _causes(error) for module in _modules_on(cause.__traceback__)]
+    found = [module for cause in causes_of(error) for module in _modules_on(cause.__traceback__)]
     return [(paths[id(module)], module) for module in reversed(found) if id(module) in paths]
 
 
@@ -143,12 +143,6 @@ def _is_nested(path: str, outer: list[str]) -> bool:
     return any(path.startswith(f"{other}.") for other in outer)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _modules_on(traceback: TracebackType | None) -> Iterator[nn.Module]:
     while traceback is not None:
         own = traceback.tb_frame.f_locals.get("self")
@@ -159,7 +153,7 @@ def _modules_on(traceback: TracebackType | None) -> Iterator[nn.Module]:
 
 def explain(error: BaseException) -> str:
     """Why a trace stopped, and in which line of the model's code."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     text = str(causes[-1]).strip().splitlines()
     words = text[0].split(". ")[0][:LONGEST_REASON].rstrip(" .") if text else type(causes[-1]).__name__
     return f"{words}{find_place(error)}"
@@ -167,7 +161,7 @@ def explain(error: BaseException) -> str:
 
 def find_place(error: BaseException) -> str:
     """` (modeling.py:12)`, the line of the model's code where a trace stopped, or "" if unknown."""
-    lines = [place for cause in _causes(error) for place in _places(cause.__traceback__)]
+    lines = [place for cause in causes_of(error) for place in _places(cause.__traceback__)]
     return f" ({lines[-1]})" if lines else ""
 
 

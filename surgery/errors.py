@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class SurgeryError(Exception):
     """Base class of every error raised on purpose by this package."""
@@ -25,3 +27,10 @@ class InputError(SurgeryError):
 
 class LaunchError(SurgeryError):
     """A model transformed for several ranks, called without the process group that joins them."""
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, what that was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

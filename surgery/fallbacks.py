@@ -1,4 +1,4 @@
-"""Manners of tracing: as it comes, and what is tried next where a model's code does not go through so.
+"""Fallbacks of a trace: what is tried next where a model's code does not go through as it is.
 
 Eq(u0, 1) depends on data          branches on data are followed, False first      surgery/branches.py
 an assertion fails on a side       the last branch is taken the other way
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from surgery.branches import FollowedBranches, Sides
-from surgery.errors import CaptureError
+from surgery.errors import CaptureError, causes_of
 from surgery.private import GuardOnDataDependentSymNode
 
 OWN_FAILURES = (AttributeError, AssertionError, TypeError, ValueError)
@@ -20,8 +20,12 @@ OWN_FAILURES = (AttributeError, AssertionError, TypeError, ValueError)
 
 
 @dataclass
-class Manner:
-    """`sides` are those of branches on data (None: no such branch is followed); `taken` those of the last trace."""
+class Fallbacks:
+    """How a model is traced next.
+
+    `sides` are those of branches on data (None: no such branch is followed); `taken` those of the last trace;
+    `is_told_eager`: the code is told that it is not traced.
+    """
 
     sides: Sides | None = None
     is_told_eager: bool = False
@@ -38,8 +42,8 @@ class Manner:
             self.taken = tuple(branches.taken)
 
     def advance(self, error: CaptureError) -> bool:
-        """Choose another manner, as the trace stopped with `error`; False if none is left."""
-        causes = [cause for cause in _causes(error) if not isinstance(cause, CaptureError)]
+        """Choose what to try next, as the trace stopped with `error`; False if none is left."""
+        causes = [cause for cause in causes_of(error) if not isinstance(cause, CaptureError)]
         if self.sides is None and any(isinstance(cause, GuardOnDataDependentSymNode) for cause in causes):
             self.sides = ()
             return True
@@ -50,9 +54,3 @@ class Manner:
             return True
         self.is_told_eager, was_told = True, self.is_told_eager
         return not was_told
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
