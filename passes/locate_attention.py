@@ -12,13 +12,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from surgery.attention import ATTENTION, MASK
 from surgery.errors import UnsupportedOperationError
 from surgery.metadata import Context, Mask, Site, module_path, source_line, where
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments
 
-ATTENTION = torch.ops.surgery.attention.default
-MASK = torch.ops.surgery.attention_mask.default
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 from transformers.masking_utils import sdpa_mask
 
-from passes.locate_attention import ATTENTION, MASK, read_mask
+from passes.locate_attention import read_mask
+from surgery.attention import ATTENTION, MASK
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments

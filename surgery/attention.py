@@ -98,3 +98,7 @@ def _(
 ) -> Tensor:
     shape = (batch_size, key_length) if is_padding else (batch_size, 1, query_length, key_length)
     return torch.empty(shape, dtype=torch.bool if dtype is None else dtype, device=device)
+
+
+ATTENTION = torch.ops.surgery.attention.default
+MASK = torch.ops.surgery.attention_mask.default

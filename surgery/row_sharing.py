@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from surgery.attention import MASK
 from surgery.metadata import Context, Site, facts_of
 from surgery.own_heads import PER_HEAD, PER_ROW, WITHOUT_HEADS
 from surgery.placement import REPLICATED
@@ -23,7 +24,6 @@ from surgery.rules.call import bind_arguments
 from surgery.shapes import length_dims, shape_of
 
 KNOWN = {*PER_HEAD, *WITHOUT_HEADS}
-MASK = torch.ops.surgery.attention_mask.default
 NUM_DIMS = 4
 MODELS, EAGER = "transformers.models.", "eager_attention_forward"
 

@@ -25,11 +25,11 @@ from surgery.axis import Axis
 from surgery.collectives import shard
 from surgery.comparison import run_simulated, run_whole
 from surgery.implementations import sdpa
+from surgery.own_rows import causal_rows, own_rows
 from surgery.recorded import RecordedCall
 from surgery.row_exchange import exchange_from_rows, exchange_to_rows
 from surgery.row_plan import RowPlan
 from surgery.row_sharing import EAGER, MODELS, is_row_wise
-from surgery.rows import causal_rows, own_rows
 from tests.proof import assert_exact, prove
 from tests.ranks import RankPool
 from tests.simulation import simulated_ranks
