@@ -67,9 +67,10 @@ def exchange(graph: fx.Graph, site: Site, context: Context) -> None:
         length, key_length = (size_node(graph, _length(source), context.sizes) for source in tokens[:2])
         heads = _exchange_tokens(site, tokens, length, key_length, context)
     call.args = (*heads, *call.args[TOKENS:])
-    home = (exchange_from_rows, (length,)) if site.shares_rows else (exchange_to_sequence, ())
+    send_home: Callable[..., Any] = exchange_from_rows if site.shares_rows else exchange_to_sequence
+    sizes = (site.num_heads, length) if site.shares_rows else (site.num_heads,)
     with graph.inserting_after(call):
-        output = graph.call_function(home[0], (call, site.num_heads, *home[1]), {"axis": context.axis})
+        output = graph.call_function(send_home, (call, *sizes), {"axis": context.axis})
     call.replace_all_uses_with(output, delete_user_cb=lambda user: user is not output)
     output.meta = {**call.meta, KEY: NodeFacts(facts_of(call).placements, "exchange")}
     call.meta[KEY] = NodeFacts((RowSharded() if site.shares_rows else HeadSharded(),), "attention")

@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import sympy
 import torch
@@ -160,7 +160,7 @@ KINDS: dict[Any, Kind] = {
 
 def site_bytes(site: Site, context: Context) -> tuple[int, ...]:
     """What a rank exchanges around one attention call, forward, for each token it holds: of S, and of T if any."""
-    sources = [getattr(arg, "args", (arg,))[0] if _is_part(arg) else arg for arg in site.node.args]
+    sources = [arg.args[0] if _is_part(arg) else arg for arg in site.node.args]
     around = {node for node in (*sources, *site.node.users) if isinstance(node, fx.Node) and _is_exchange(node)}
     notation = notation_of(context)
     sent = per_token(sum(KINDS[node.target].sent(node, notation) for node in around), context)
@@ -181,7 +181,7 @@ def _is_exchange(node: fx.Node) -> bool:
     return kind is not None and kind.forward == "all-to-all"
 
 
-def _is_part(arg: object) -> bool:
+def _is_part(arg: object) -> TypeGuard[fx.Node]:
     return isinstance(arg, fx.Node) and arg.target is operator.getitem
 
 

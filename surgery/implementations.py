@@ -160,6 +160,7 @@ def written_out(
 
 
 def _is_idle(query: Tensor) -> bool:
+    """Whether a rank has no query heads, or no rows of one, in [B, heads, rows, H]."""
     return query.shape[1] == 0 or query.shape[2] == 0
 
 

@@ -71,7 +71,7 @@ class ModelSurgery:
         self.model = model
         self._checked: set[tuple[Any, ...]] = set()
         self._merged: set[tuple[Any, ...]] = set()
-        self.unmerged: dict[tuple[Any, ...], str] = {}
+        self._unmerged: dict[tuple[Any, ...], str] = {}  # calls whose images go into the graph, and why
         self._original_forward = forward or model.forward
         self._parameters = inspect.signature(self._original_forward)
 
@@ -122,8 +122,11 @@ class ModelSurgery:
         check_call(call, self.options, self.model.training)
         if torch.compiler.is_compiling():
             return self._find_while_compiling(call, inputs, constants).run(self.model, call.tensors, deal_out)
-        signature, sides = read_signature(self, inputs, constants, self.model.training), None
-        drawn = torch.get_rng_state()
+        return self._run(read_signature(self, inputs, constants, self.model.training), call, deal_out)
+
+    def _run(self, signature: Signature, call: BoundCall, deal_out: Callable[[Tensor, int], Tensor] | None) -> Any:
+        """Run the program for a call: another one, where its data take other sides of branches than the first has."""
+        drawn, sides = torch.get_rng_state(), None
         while True:
             program = self._find(signature, call.sizes, sides)
             try:
@@ -188,12 +191,12 @@ class ModelSurgery:
     def _merge(self, call: BoundCall) -> BoundCall:
         """The call with its images merged, or as it is where they have to go into the graph."""
         key = (describe_tensors(call), sorted_constants(call), self.model.training)
-        if key in self.unmerged:
+        if key in self._unmerged:
             return call
         try:
             merged = merge_images(self.model, self._original_forward, call, is_checked=key not in self._merged)
         except UnmergedError as error:
-            self.unmerged[key] = str(error)
+            self._unmerged[key] = str(error)
             return call
         self._merged.add(key)
         return merged
@@ -240,7 +243,7 @@ class ModelSurgery:
         try:
             return capture(self.model, signature, example, sides)
         except CaptureError as error:
-            reason = self.unmerged.get((signature.tensors, signature.constants, signature.is_training))
+            reason = self._unmerged.get((signature.tensors, signature.constants, signature.is_training))
             if reason is None:
                 raise
             raise CaptureError(

@@ -27,7 +27,7 @@ def attention(summary: Summary) -> Shown:
     if not summary.sites:
         return
     calls = sum(row.count for row in summary.sites)
-    held = "each token it holds" if _sequences(summary) == 1 else "each token of S, of T"
+    held = "each token it holds" if _num_sequences(summary) == 1 else "each token of S, of T"
     yield _title(f"Attention: {_counted(calls, 'call')}", f"bytes: sent by one rank for {held}, forward + backward")
     table = _table("site", "heads>", "KV heads>", "runs as", "bytes>", "exchange")
     table.columns[0].min_width = min(max(len(row.path) for row in summary.sites) + len(" × 99"), WIDEST_SITE)
@@ -64,7 +64,7 @@ def cost(summary: Summary) -> Shown:
     share = EXAMPLE_LENGTH // header.sp_size
     sent = " and ".join(f"{bytes_text(share * _per_token(summary, way))} {way}" for way in ("forward", "backward"))
     whole, held = f"one sequence of {EXAMPLE_LENGTH:,} tokens", f"{share:,}"
-    if _sequences(summary) == 2:
+    if _num_sequences(summary) == 2:
         whole, held = f"a source S and a target T of {EXAMPLE_LENGTH:,} tokens each", f"{share:,} of either"
     yield _note(
         f"Each rank holds 1/{header.sp_size} of the tokens, and inside attention 1/{header.sp_size} of the heads. "
@@ -86,7 +86,7 @@ def _per_token(summary: Summary, direction: str) -> int:
     return sum(sum(row.bytes_per_token or ()) for row in summary.traffic if row.direction == direction)
 
 
-def _sequences(summary: Summary) -> int:
+def _num_sequences(summary: Summary) -> int:
     """1, or 2 for the source and the target of an encoder-decoder."""
     return max((len(row.bytes_per_token or ()) for row in summary.traffic), default=1)
 

@@ -96,9 +96,9 @@ def replicated(call: Call) -> Step:
     return Step((REPLICATED,) * len(call.operands), (REPLICATED,) * len(call.results))
 
 
-def uniform(call: Call, placement: Placement, **options: Any) -> Step:
+def uniform(call: Call, placement: Placement) -> Step:
     """All operands as `placement`, and so the results."""
-    return Step((placement,) * len(call.operands), (placement,) * len(call.results), **options)
+    return Step((placement,) * len(call.operands), (placement,) * len(call.results))
 
 
 def bind_arguments(node: fx.Node) -> dict[str, Any]:
