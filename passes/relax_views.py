@@ -2,6 +2,7 @@
 
 view(x, [b*s, h]), _unsafe_view(...)      ->   reshape(x, [b*s, h])      a view still, wherever one is possible
 _reshape_alias(x, [b*s, h], [h, 1])       ->   reshape(x, [b*s, h])
+squeeze(x), squeeze(x, 1)                 ->   squeeze(x, [dims of one in the whole])   a shard may be of one token
 as_strided(x, ...)                        ->   refused: it would read other elements, without an error
 """
 
@@ -16,6 +17,10 @@ from torch import fx
 from surgery.errors import UnsupportedOperationError
 from surgery.metadata import Context, where
 from surgery.pipeline import PassResult
+from surgery.placement import ONE
+from surgery.rules.call import bind_arguments
+from surgery.rules.table import operation_name
+from surgery.shapes import shape_of
 
 aten = torch.ops.aten
 RELAXED: dict[Any, Any] = {
@@ -40,7 +45,26 @@ class RelaxViews:
         for node in found:
             node.target = RELAXED[node.target]
             node.args = node.args[:OPERANDS]
-        return PassResult(len(found))
+        return PassResult(len(found) + name_squeezed(graph))
+
+
+def name_squeezed(graph: fx.Graph) -> int:
+    """Let each squeeze say which dims it takes away: those that are one in the whole, not those of a rank's shard."""
+    found = [node for node in graph.nodes if node.op == "call_function" and operation_name_of(node) == "aten::squeeze"]
+    for node in found:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        shape = shape_of(source.meta["val"])
+        asked = bind_arguments(node).get("dim", range(len(shape)))
+        dims = {int(dim) % max(len(shape), 1) for dim in ([asked] if isinstance(asked, int) else asked)}
+        node.target = aten.squeeze.dims
+        node.args = (source, [dim for dim in sorted(dims) if dim < len(shape) and shape[dim] == ONE])
+        node.kwargs = {}
+    return len(found)
+
+
+def operation_name_of(node: fx.Node) -> str | None:
+    return operation_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
 
 
 def find_views(graph: fx.Graph) -> list[fx.Node]:

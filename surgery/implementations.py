@@ -114,7 +114,7 @@ def sdpa(
     if _is_idle(query):
         return without_heads(query, key, value)
     num_groups = query.shape[1] // key.shape[1]
-    mask = _of_own_heads(mask, 1, query.shape[1], axis) if mask is not None else None
+    mask = _own_mask(mask, query.shape[1], axis)
     if mask is not None and num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(
@@ -153,7 +153,7 @@ def written_out(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    mask = _of_own_heads(mask, 1, query.shape[1], axis) if mask is not None else None
+    mask = _own_mask(mask, query.shape[1], axis)
     scores = _masked(scores, mask, is_causal)
     shares = _softmax_with_sinks(scores, sinks, axis).to(query.dtype)
     return F.dropout(shares, dropout, dropout > 0.0) @ value
@@ -170,6 +170,11 @@ def without_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Gradients pass: other ranks wait for them.
     """
     return query @ key.transpose(2, 3) @ value
+
+
+def _own_mask(mask: Tensor | None, num_heads: int, axis: Axis) -> Tensor | None:
+    """A mask [B, N, S, S] or [B, 1, S, S] as this rank's heads need it; all heads share one of two dims, [S, S]."""
+    return mask if mask is None or mask.ndim == 2 else _of_own_heads(mask, 1, num_heads, axis)
 
 
 def _of_own_heads(x: Tensor, dim: int, num_heads: int, axis: Axis) -> Tensor:

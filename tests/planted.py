@@ -50,6 +50,14 @@ def written_in_place(x: Tensor, weight: Tensor) -> Tensor:
     return shifted @ weight
 
 
+def masked_by_distance(x: Tensor, weight: Tensor) -> Tensor:
+    """Attention of 8 heads that share a mask of two dims, [S, S]."""
+    query, key = (y.view(x.shape[0], x.shape[1], 8, -1).transpose(1, 2) for y in (x @ weight, x))
+    positions = torch.arange(x.shape[1])
+    near = (positions[:, None] - positions).abs() < 3
+    return x + F.scaled_dot_product_attention(query, key, key, attn_mask=near).transpose(1, 2).flatten(2)
+
+
 PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "causal_convolution": causal_convolution,
     "roll": lambda x, w: x + x.roll(1, 1) @ w,
@@ -91,6 +99,8 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "written_in_place": written_in_place,
     "scatter_over_tokens": lambda x, w: x + torch.zeros_like(x).scatter(1, (x > 0).long(), x),
     "index_reversed": lambda x, w: x + x[:, torch.arange(x.shape[1] - 1, -1, -1)],
+    "squeezed": lambda x, w: x + x.squeeze(1) @ w + x[:, :, None].squeeze(),
+    "masked_by_distance": masked_by_distance,
     "view_merging_tokens": lambda x, w: x + x.reshape(x.shape[0], -1).cumsum(-1).view(x.shape) / 1000,
     "swapped_batch": lambda x, w: (
         x

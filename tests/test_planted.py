@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from surgery import UnsupportedOperationError, transform
+from surgery.comparison import run_simulated, run_whole
 from tests.planted import PLANTED, make_planted
 from tests.proof import assert_exact, compare, float_is_double
 from tests.ranks import RankPool
@@ -36,3 +39,11 @@ def test_refused_on_request(name: str) -> None:
 
 def test_plain_models_need_no_gathering() -> None:
     transform(make_model("llama"), 4, on_unknown="refuse")
+
+
+@pytest.mark.parametrize(("name", "sp_size", "length"), [("squeezed", 4, 4), ("masked_by_distance", 8, 8)])
+def test_one_token_or_one_head_a_rank(name: str, sp_size: int, length: int) -> None:
+    """What has size one on a rank only is neither squeezed away nor taken for what broadcasts."""
+    model, batch = make_planted(name), make_batch(2, length)
+    twin = transform(copy.deepcopy(model), sp_size)
+    assert_exact([run_simulated(twin, run_whole(model, batch), batch)])
