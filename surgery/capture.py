@@ -36,7 +36,7 @@ from surgery.recording import recorded_attention
 from surgery.shapes import Lengths, to_expr
 from surgery.signature import Signature
 from surgery.stand_ins import as_unsharded
-from surgery.trace_settings import traceable_config, without_checkpointing, without_saving
+from surgery.trace_settings import refused_assignments, traceable_config, without_checkpointing, without_saving
 
 
 @dataclass
@@ -93,6 +93,7 @@ def _trace(
         stack.enter_context(refused_specialization(SpecializedError))
         stack.enter_context(told_eager(model) if fallbacks.is_told_eager else nullcontext())
         stack.enter_context(refused_host_randomness(f"the forward of {type(model).__name__}"))
+        stack.enter_context(refused_assignments() if opaque.reasons else nullcontext())
         stack.enter_context(opaque.recorded(sizes))
         stack.enter_context(_flat_forward(model, signature, recording, sizes))
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from types import FunctionType, MethodType
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -15,6 +17,8 @@ from surgery.recording import attention_implementations
 
 INSTALLED = ("forward", "generate", "_loss_function")  # what the transform itself puts on the model
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # a matter of segments, not of the graph
+
+OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -39,7 +43,7 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
-    """What a trace bakes in of a module or a config: its numbers, words, functions and plain tensors."""
+    """What a trace bakes in of a module or a config: numbers, words, functions, plain tensors, and lists of words."""
     found: list[object] = []
     for name, value in vars(owner).items():
         if name in CHECKPOINTING or is_mark(name):
@@ -48,9 +52,22 @@ def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
             found.append((name, value))
         elif isinstance(value, Tensor):
             found.append((name, id(value), value._version))
+        elif isinstance(value, dict | list | tuple | set) and name not in OF_TORCH and _is_plain(value):
+            found.append((name, repr(value)))
+        elif isinstance(value, PreTrainedConfig) and isinstance(owner, PreTrainedConfig):
+            found += _settings(value)
         elif isinstance(value, FunctionType | MethodType) and not (name in skipped or is_engine_function(value)):
             found.append((name, id(value.__code__)))
     return found
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a container holds nothing but numbers, words and containers of them."""
+    if isinstance(value, dict):
+        return all(_is_plain(x) for pair in value.items() for x in pair)
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def check_state(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,3 +51,14 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched_on:
             module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def refused_assignments() -> Iterator[None]:
+    """Make an error of torch.export's warning that tensors were assigned to attributes, which it takes back.
+
+    Where a module is called live, it may read what another, which is only in the graph, no longer writes.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r"(?s).*assigned during export", category=UserWarning)
+        yield

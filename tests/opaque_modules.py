@@ -137,6 +137,31 @@ class Halving(Loop):
         return super().forward(x)[:, : x.shape[1] // 2]
 
 
+class Reading(Loop):
+    """Reads what another module of the layer has left in a place that both know."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.place = {"mean": torch.ones(WIDTH)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.place["mean"]
+
+
+class Leaving(nn.Module):
+    """Leaves the mean of the tokens in that place."""
+
+    def __init__(self, norm: nn.Module, place: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.place["mean"] = x.mean((0, 1)).tanh()
+        output: Tensor = self.norm(x)
+        return output
+
+
 EXACT: tuple[type[nn.Module], ...] = (Loop, Branching, AroundPair, StraightThrough, Overwriting)
 REFUSED: dict[type[nn.Module], str] = {
     Clipped: "not linear",
@@ -150,4 +175,12 @@ def make_opaque(module_class: type[nn.Module], **changes: Any) -> Any:
     torch.manual_seed(2)
     layer = model.model.layers[0]
     layer.mlp = module_class(layer.mlp)
+    return model
+
+
+def make_reading() -> Any:
+    """The MLP is opaque, and reads what the norm before it leaves."""
+    model = make_opaque(Reading)
+    layer = model.model.layers[0]
+    layer.input_layernorm = Leaving(layer.input_layernorm, layer.mlp.place)
     return model

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from surgery import CaptureError, UnsupportedOperationError, restore, transform
 from surgery.learning import learn_results
 from surgery.opaque import Arguments, TensorSpec
-from tests.opaque_modules import EXACT, REFUSED, Halving, Loop, make_opaque
+from tests.opaque_modules import EXACT, REFUSED, Halving, Loop, make_opaque, make_reading
 from tests.proof import assert_exact, compare, prove, relative_error
 from tests.ranks import RankPool
 from tests.sampling import sampled
@@ -109,6 +109,11 @@ def test_refused_by_name(module_class: type[nn.Module]) -> None:
     with pytest.raises(CaptureError, match=rf"(?s)did not help.*{REFUSED[module_class]}"):
         transform(model, 4)
     assert "forward" not in model.__dict__ and "forward" not in model.model.layers[0].mlp.__dict__
+
+
+def test_what_one_module_leaves_for_another_is_refused() -> None:
+    with pytest.raises(CaptureError, match="assigned during export"):
+        transform(make_reading(), 2)
 
 
 def test_refused_on_request() -> None:
