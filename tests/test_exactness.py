@@ -25,7 +25,7 @@ def test_architecture_on_four_ranks(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove, name, 4))
 
 
-@pytest.mark.parametrize("name", sampled(OTHERS, OTHERS.keys() - {"big_bird"}))
+@pytest.mark.parametrize("name", sampled(OTHERS, {"gemma2", "gpt_oss", "bloom", "falcon", "jetmoe"}))
 def test_architecture_that_nothing_was_made_for(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove, name, 4))
 
@@ -34,7 +34,7 @@ FLOAT32_INSIDE = {"cohere"}
 """Its norm casts to float32 by name, whatever the model's dtype: the weight's gradient is a float32 sum of tokens."""
 
 
-@pytest.mark.parametrize("name", sampled(ARCHITECTURES, {"llama", "mistral", "mixtral", "gpt_neox", *FLOAT32_INSIDE}))
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, {"llama", "mistral", "mixtral", *FLOAT32_INSIDE}))
 def test_double_precision(ranks: RankPool, name: str) -> None:
     results = ranks.run(prove, name, 4, dtype=torch.float64)
     assert_exact(results, torch.float32 if name in FLOAT32_INSIDE else torch.float64)

@@ -89,7 +89,7 @@ def prove_head(auto: Any, name: str, sp_size: int, batch: Any = None, **changes:
 PAIRS = [(name, sp_size) for name in ("bart", "t5") for sp_size in (2, 4)]
 
 
-@pytest.mark.parametrize(("name", "sp_size"), sampled(PAIRS, {("bart", 2), ("bart", 4), ("t5", 4)}))
+@pytest.mark.parametrize(("name", "sp_size"), sampled(PAIRS, {("bart", 4), ("t5", 4)}))
 def test_encoder_decoder(ranks: RankPool, name: str, sp_size: int) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, sp_size))
 
