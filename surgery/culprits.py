@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from surgery.errors import CaptureError, causes_of
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 MOST_ATTEMPTS = 16
 LONGEST_REASON = 160
-LIBRARIES = ("/torch/", "/surgery/")
+LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
 ModuleClass = type[nn.Module]
 
 
@@ -168,6 +170,6 @@ def find_place(error: BaseException) -> str:
 def _places(traceback: TracebackType | None) -> Iterator[str]:
     while traceback is not None:
         path = traceback.tb_frame.f_code.co_filename
-        if not any(library in path for library in LIBRARIES) and path.endswith(".py"):
+        if not path.startswith(LIBRARIES) and path.endswith(".py"):
             yield f"{path.rsplit('/', 1)[-1]}:{traceback.tb_lineno}"
         traceback = traceback.tb_next

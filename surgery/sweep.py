@@ -25,7 +25,7 @@ from surgery.ranks import RankPool, RanksLostError
 from surgery.shrink import shrink
 from surgery.trial import REFUSED, UNRUNNABLE, Outcome, explain, try_model
 
-TIMEOUT_S = 240
+TIMEOUT_S = 480
 
 
 @dataclass(frozen=True)
