@@ -19,7 +19,7 @@ from surgery.metadata import Context, where
 from surgery.pipeline import PassResult
 from surgery.placement import ONE
 from surgery.rules.call import bind_arguments
-from surgery.rules.table import operation_name
+from surgery.rules.table import is_call
 from surgery.shapes import shape_of
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ class RelaxViews:
 
 def name_squeezed(graph: fx.Graph) -> int:
     """Let each squeeze say which dims it takes away: those that are one in the whole, not those of a rank's shard."""
-    found = [node for node in graph.nodes if node.op == "call_function" and operation_name_of(node) == "aten::squeeze"]
+    found = [node for node in graph.nodes if is_call(node, "aten::squeeze")]
     for node in found:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -61,10 +61,6 @@ def name_squeezed(graph: fx.Graph) -> int:
         node.args = (source, [dim for dim in sorted(dims) if dim < len(shape) and shape[dim] == ONE])
         node.kwargs = {}
     return len(found)
-
-
-def operation_name_of(node: fx.Node) -> str | None:
-    return operation_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
 
 
 def find_views(graph: fx.Graph) -> list[fx.Node]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 from transformers.masking_utils import sdpa_mask
 
@@ -22,7 +21,7 @@ from surgery.attention import ATTENTION, MASK
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments
-from surgery.rules.table import operation_name
+from surgery.rules.table import is_call
 from surgery.shapes import shape_of
 
 LAST_OF_TWO = (-1, 1)
@@ -86,7 +85,7 @@ def _is_one_document(documents: fx.Node) -> bool:
     """Whether `documents` is cumsum(diff(positions) != 1) of consecutive positions."""
     node: Any = documents
     for operation, meaning in DOCUMENTS_OF_POSITIONS:
-        if not _is_call(node, operation) or not meaning(bind_arguments(node)):
+        if not is_call(node, operation) or not meaning(bind_arguments(node)):
             return False
         node = node.args[0]
     return _is_consecutive(node)
@@ -94,18 +93,13 @@ def _is_one_document(documents: fx.Node) -> bool:
 
 def _is_consecutive(node: Any) -> bool:
     """Whether a value is an `arange` by ones along its last dimension, shifted or broadcast."""
-    if _is_call(node, "aten::arange"):
+    if is_call(node, "aten::arange"):
         return bind_arguments(node).get("step", 1) == 1
-    if _is_call(node, "aten::add"):
+    if is_call(node, "aten::add"):
         first, second = node.args[:2]
         return isinstance(second, int) and _is_consecutive(first)
-    if any(_is_call(node, f"aten::{name}") for name in ("unsqueeze", "expand", "to")):
+    if any(is_call(node, f"aten::{name}") for name in ("unsqueeze", "expand", "to")):
         source = node.args[0]
         has_same_rows = shape_of(source.meta["val"])[-1:] == shape_of(node.meta["val"])[-1:]
         return has_same_rows and _is_consecutive(source)
     return False
-
-
-def _is_call(node: Any, operation: str) -> bool:
-    is_operator = isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload)
-    return is_operator and operation_name(node.target) == operation

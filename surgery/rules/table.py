@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from surgery.rules.call import Rule
 
@@ -41,6 +42,12 @@ def rule(*operations: str, family: str, creates: bool = False) -> Callable[[Rule
 def operation_name(target: Any) -> str:
     """`"aten::view"` for `torch.ops.aten.view.default`."""
     return str(target._schema.name)
+
+
+def is_call(node: Any, operation: str) -> bool:
+    """Whether `node` calls an overload of `operation`, such as `"aten::view"`."""
+    is_operator = isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload)
+    return is_operator and operation_name(node.target) == operation
 
 
 def find_rule(target: Any) -> Row | None:
