@@ -13,13 +13,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from surgery.errors import UnsupportedOperationError
 from surgery.metadata import NodeFacts, where
 from surgery.placement import REPLICATED, Placement, Sharded
 from surgery.rules.call import Call, Step, tensor_nodes
-from surgery.shapes import Shape, length_dims, quotient, shape_of
+from surgery.shapes import Shape, counts_in, length_dims, quotient, shape_of
 
 TOKEN_LOCAL_SUFFIX = "Experts"
 TRUSTED_PACKAGE = "transformers.models."
@@ -53,8 +52,7 @@ def find_regions(graph: fx.Graph) -> frozenset[str]:
 def _has_counted_size(node: fx.Node) -> bool:
     values = pytree.tree_leaves(node.meta.get("val"))
     shapes = [shape_of(value) for value in values if isinstance(value, torch.Tensor)]
-    symbols = {symbol for shape in shapes for size in shape for symbol in size.free_symbols}
-    return any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in symbols)
+    return any(counts_in(size) for shape in shapes for size in shape)
 
 
 def region_step(call: Call) -> Step:

@@ -24,9 +24,14 @@ def shape_of(value: torch.Tensor) -> Shape:
     return tuple(to_expr(size) for size in value.shape)
 
 
+def counts_in(size: sympy.Expr) -> set[sympy.Symbol]:
+    """The symbols in a size that are read from data, as the number of nonzero entries is."""
+    return {symbol for symbol in size.free_symbols if symbol_is_type(symbol, SymT.UNBACKED_INT)}
+
+
 def is_counted(size: sympy.Expr) -> bool:
-    """Whether a size follows from nothing but data, as the number of nonzero entries does: it is no sequence's."""
-    return bool(size.free_symbols) and all(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in size.free_symbols)
+    """Whether a size follows from nothing but data: it is no sequence's."""
+    return bool(size.free_symbols) and counts_in(size) == size.free_symbols
 
 
 def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
