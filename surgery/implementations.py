@@ -21,7 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from surgery.axis import first_token
 from surgery.collectives import Axis
 from surgery.errors import CaptureError
-from surgery.own_heads import HeadView, OwnHeads, cut_heads
+from surgery.own_heads import HeadView, OwnHeads, cut_run
 from surgery.private import flex_heads_from
 from surgery.recorded import RecordedCall
 
@@ -179,7 +179,7 @@ def _own_mask(mask: Tensor | None, num_heads: int, axis: Axis) -> Tensor | None:
 
 def _of_own_heads(x: Tensor, dim: int, num_heads: int, axis: Axis) -> Tensor:
     """What has an entry for each head in `dim` cut to this rank's `num_heads`; what heads share as it is."""
-    return cut_heads(x, dim, first_token(x.shape[dim], axis.rank, axis.size), num_heads)
+    return cut_run(x, dim, first_token(x.shape[dim], axis.rank, axis.size), num_heads)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -27,8 +27,8 @@ PER_ROW = {"position_bias": 2}
 WITHOUT_HEADS = frozenset({"position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"})
 
 
-def cut_heads(x: Tensor, dim: int, first: int, count: int) -> Tensor:
-    """An operand with an entry for each head cut to a run of `count`; one that all heads share as it is."""
+def cut_run(x: Tensor, dim: int, first: int, count: int) -> Tensor:
+    """An operand with an entry for each head, or query, cut to a run of `count`; one that all share as it is."""
     return x if x.shape[dim] in (1, count) else x.narrow(dim, first, count)
 
 
@@ -44,7 +44,7 @@ class OwnHeads:
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """An operand with an entry for each head cut to this rank's; one that all heads share as it is."""
-        return cut_heads(x, dim, self.first, self.count)
+        return cut_run(x, dim, self.first, self.count)
 
     def cut_mask(self, mask: Any) -> Any:
         """A mask [B, N, S, S] or [B, 1, S, S], as a tensor or in blocks; padding [B, S] is shared by all heads."""

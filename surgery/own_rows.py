@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from surgery.axis import Axis
+from surgery.own_heads import cut_run
 from surgery.row_plan import RowPlan
 
 
 def own_rows(x: Tensor, dim: int, num_heads: int, length: int, axis: Axis) -> Tensor:
     """An operand with an entry for each of T queries in `dim` cut to this rank's; one that all share as it is."""
     first, end = RowPlan(num_heads, num_heads, axis.size).rows(axis.rank, length)
-    return x if x.shape[dim] == 1 else x.narrow(dim, first, end - first)
+    return cut_run(x, dim, first, end - first)
 
 
 def causal_rows(key: Tensor, num_heads: int, length: int, axis: Axis) -> Tensor | None:

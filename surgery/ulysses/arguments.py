@@ -26,7 +26,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from surgery.collectives import Axis
 from surgery.errors import InputError
 from surgery.mask_making import TORCH_SDPA, mask_maker
-from surgery.own_heads import cut_heads
+from surgery.own_heads import cut_run
 from surgery.sharded_inputs import Runs, assemble
 from surgery.signature import BoundCall
 
@@ -149,7 +149,7 @@ class WholeArguments:
         for name in SINKS:
             if isinstance(whole.get(name), Tensor):
                 own = self.num_heads // self.axis.size
-                whole[name] = cut_heads(whole[name], 0, self.axis.rank * own, own)
+                whole[name] = cut_run(whole[name], 0, self.axis.rank * own, own)
         for name in OFFSETS:
             total = query.shape[0] * facts.length
             if whole.get(name) is not None and int(whole[name][-1]) != total:
@@ -162,7 +162,7 @@ class WholeArguments:
     def _own_heads(self, mask: Tensor) -> Tensor:
         """A mask for each head cut to this rank's; one that heads share as it is."""
         own = self.num_heads // self.axis.size
-        return cut_heads(mask, 1, self.axis.rank * own, own)
+        return cut_run(mask, 1, self.axis.rank * own, own)
 
 
 def _mask(query: Tensor, mask: Tensor | None, facts: Facts, pattern: Pattern) -> Tensor | None:
