@@ -63,10 +63,10 @@ def describe_branches(graph: fx.Graph) -> Iterator[Skip]:
 class FollowedBranches(TorchFunctionMode):
     """While a model is traced, takes the side of each branch that `sides` say, and False beyond: `taken` is the record.
 
-    Without `sides` such a branch ends the trace.
+    Where this mode is off, such a branch ends the trace.
     """
 
-    def __init__(self, sides: Sides | None) -> None:
+    def __init__(self, sides: Sides) -> None:
         super().__init__()
         self.sides = sides
         self.taken: list[bool] = []
@@ -76,7 +76,7 @@ class FollowedBranches(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
         is_truth = func is Tensor.__bool__ or (func is Tensor.item and args[0].dtype == torch.bool)
-        return self._answer(args[0], ask) if is_truth and self.sides is not None else ask()
+        return self._answer(args[0], ask) if is_truth else ask()
 
     def _answer(self, condition: Tensor, ask: Callable[[], Any]) -> bool:
         try:
@@ -85,7 +85,6 @@ class FollowedBranches(TorchFunctionMode):
             return self._take(condition)
 
     def _take(self, condition: Tensor) -> bool:
-        assert self.sides is not None
         index = len(self.taken)
         if index == MOST_BRANCHES:
             raise CaptureError(f"the forward branches on data more than {MOST_BRANCHES} times. Expected fewer.")

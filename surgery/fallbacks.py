@@ -34,6 +34,10 @@ class Fallbacks:
     @contextmanager
     def follow(self) -> Iterator[None]:
         """Take the sides of branches, and note them, while the block traces."""
+        self.taken = ()
+        if self.sides is None:
+            yield
+            return
         branches = FollowedBranches(self.sides)
         try:
             with branches:

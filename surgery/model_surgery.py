@@ -126,13 +126,15 @@ class ModelSurgery:
 
     def _run(self, signature: Signature, call: BoundCall, deal_out: Callable[[Tensor, int], Tensor] | None) -> Any:
         """Run the program for a call: another one, where its data take other sides of branches than the first has."""
-        drawn, sides = torch.get_rng_state(), None
+        sides = None
         while True:
             program = self._find(signature, call.sizes, sides)
+            drawn = torch.get_rng_state() if program.sides else None
             try:
                 return program.run(self.model, call.tensors, deal_out)
             except OtherBranchError as error:
                 sides = (*program.sides[: error.index], error.is_taken)
+                assert drawn is not None
                 torch.set_rng_state(drawn)  # the other side's seeds are the same: a branch may be on a draw
 
     def _find(self, signature: Signature, sizes: tuple[int, ...], sides: Sides | None) -> Program:
