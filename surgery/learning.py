@@ -51,17 +51,15 @@ def learn_results(path: str, module: nn.Module, arguments: Arguments, example: S
     """
     small = {symbol: (FIRST + APART * i, SECOND + APART * i) for i, symbol in enumerate(arguments.symbols)}
     large = {symbol: (example[symbol], 2 * example[symbol]) for symbol in arguments.symbols}
-    try:
-        return _learn_at(path, module, arguments, list(_trials(small)))
-    except CaptureError:
-        raise
-    except Exception as error:
+    failures: list[Exception] = []
+    for choices in (small, large):
         try:
-            return _learn_at(path, module, arguments, list(_trials(large)))
+            return _learn_at(path, module, arguments, list(_trials(choices)))
         except CaptureError:
             raise
-        except Exception:
-            raise error from None
+        except Exception as error:
+            failures.append(error)
+    raise failures[0]
 
 
 def _learn_at(path: str, module: nn.Module, arguments: Arguments, trials: list[Sizes]) -> Results:
