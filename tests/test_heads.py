@@ -93,18 +93,25 @@ class Setting:
         return torch.where(seen, bias, -torch.inf).expand(self.batch_size, -1, -1, -1)
 
 
-SETTINGS = st.builds(
-    Setting,
-    size=st.integers(1, 5),
-    batch_size=st.integers(1, 3),
-    length=st.integers(1, 9),
-    num_kv_heads=st.integers(1, 6),
-    group=st.integers(1, 4),
-    head_size=st.integers(1, 4),
-    value_head_size=st.integers(1, 4),
-    mask=st.sampled_from(["none", "causal", "window", "biases"]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
+def draw_settings(
+    size: tuple[int, int], length: tuple[int, int], num_kv_heads: tuple[int, int], group: tuple[int, int]
+) -> st.SearchStrategy[Setting]:
+    """Settings of ranks, lengths and heads in these ranges, of any mask and dtype."""
+    return st.builds(
+        Setting,
+        size=st.integers(*size),
+        batch_size=st.integers(1, 3),
+        length=st.integers(*length),
+        num_kv_heads=st.integers(*num_kv_heads),
+        group=st.integers(*group),
+        head_size=st.integers(1, 4),
+        value_head_size=st.integers(1, 4),
+        mask=st.sampled_from(["none", "causal", "window", "biases"]),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+
+
+SETTINGS = draw_settings(size=(1, 5), length=(1, 9), num_kv_heads=(1, 6), group=(1, 4))
 
 
 def attend_whole(setting: Setting, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
