@@ -34,6 +34,8 @@ MARKS = (
     "ds_",
     "_ds_",
     "_z3_",
+    "_external_params",
+    "_original_parameters",
     "applied_pre_backward_",
     "_is_fsdp_managed_module",
     "_fsdp_use_orig_params",
