@@ -16,7 +16,11 @@ from surgery.errors import CaptureError
 from surgery.recording import attention_implementations
 
 INSTALLED = ("forward", "generate", "_loss_function")  # what the transform itself puts on the model
-CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")  # a matter of segments, not of the graph
+CHECKPOINTING = (  # a matter of segments, not of the graph
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_require_grads_hooks",
+)
 
 OF_TORCH = frozenset(vars(nn.Module()))
 
