@@ -2,6 +2,7 @@
 
 surgery::attention(q, k, v, mask)               -> a site, its mask read from surgery::attention_mask
 aten::scaled_dot_product_attention(q, k, v)     -> surgery::attention(q, k, v), for models that call it themselves
+the same without a dimension for heads          -> an operation like any other, which is computed whole on every rank
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import fx
 
 from surgery.attention import ATTENTION, MASK
 from surgery.errors import UnsupportedOperationError
-from surgery.metadata import Context, Mask, Site, module_path, source_line, where
+from surgery.metadata import Context, Mask, Site, Skip, module_path, source_line, where
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments
 
@@ -29,23 +30,29 @@ class LocateAttention:
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         direct = list(graph.find_nodes(op="call_function", target=SDPA))
+        headless = [node for node in direct if not has_heads(node)]
+        skips = tuple(Skip(module_path(node), "expected query, key and value [B, N, S, H]") for node in headless)
         for node in direct:
-            adopt(graph, node)
+            if node not in headless:
+                adopt(graph, node)
         context.sites = find_sites(graph, context)
         for site in context.sites:
             check_extras(site)
         if context.has_document_ends:
             check_documents(graph, context.sites)
-        return PassResult(len(direct))
+        return PassResult(len(direct) - len(headless), skips)
+
+
+def has_heads(node: fx.Node) -> bool:
+    """Whether query, key and value are [B, N, S, H] of fixed N and H: what else a model may attend over is no heads."""
+    given = bind_arguments(node)
+    shapes = [given[name].meta["val"].shape for name in ("query", "key", "value")]
+    return all(len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int) for shape in shapes)
 
 
 def adopt(graph: fx.Graph, node: fx.Node) -> None:
     """Turn a model's own `scaled_dot_product_attention` into an attention call like any other."""
     given = bind_arguments(node)
-    if any(len(given[name].meta["val"].shape) != 4 for name in ("query", "key", "value")):
-        raise UnsupportedOperationError(
-            f"{where(node)}: expected [B, N, S, H] query, key and value. Reshape to 4 dims."
-        )
     arguments = (given["query"], given["key"], given["value"], given["attn_mask"])
     with graph.inserting_before(node):
         options = (given["dropout_p"], given["scale"], given["is_causal"])
@@ -57,7 +64,14 @@ def adopt(graph: fx.Graph, node: fx.Node) -> None:
 
 def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
     """The attention calls of the graph, in order."""
-    return [_site(node, context) for node in graph.find_nodes(op="call_function", target=ATTENTION)]
+    calls = graph.find_nodes(op="call_function", target=ATTENTION)
+    for call in calls:
+        if not has_heads(call):
+            raise UnsupportedOperationError(
+                f"{where(call)}: expected query, key and value [B, N, S, H] of fixed N and H. Transpose them before "
+                "the attention function."
+            )
+    return [_site(call, context) for call in calls]
 
 
 def _site(node: fx.Node, context: Context) -> Site:
@@ -109,9 +123,10 @@ def check_documents(graph: fx.Graph, sites: list[Site]) -> None:
     """Refuse cu_seq_lens_* where neither the mask nor the attention function keeps the documents apart."""
     masks = [mask for mask in graph.find_nodes(op="call_function", target=MASK) if mask.args[1] is not None]
     blind = [site for site in sites if site.call is None or not site.call.reads_document_ends]
-    unread = [site for site in blind if bind_arguments(site.node)["mask"] not in masks]
+    unread = [site.node for site in blind if bind_arguments(site.node)["mask"] not in masks]
+    unread += graph.find_nodes(op="call_function", target=SDPA)
     if unread or not (masks or sites):
-        place = unread[0].module_path if unread else "the model's own attention"
+        place = module_path(unread[0]) if unread else "the model's own attention"
         raise UnsupportedOperationError(
             f"locate-attention: cu_seq_lens_q is given, and {place} would attend across documents: expected a mask of "
             "transformers' masking_utils, or an attention function that reads it. Pass position_ids that start again "

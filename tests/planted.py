@@ -58,6 +58,11 @@ def masked_by_distance(x: Tensor, weight: Tensor) -> Tensor:
     return x + F.scaled_dot_product_attention(query, key, key, attn_mask=near).transpose(1, 2).flatten(2)
 
 
+def batch_as_heads(x: Tensor, weight: Tensor) -> Tensor:
+    query, key = (y.view(x.shape[0], x.shape[1], 8, -1).permute(2, 0, 1, 3) for y in (x @ weight, x))
+    return x + F.scaled_dot_product_attention(query, key, key).permute(1, 2, 0, 3).flatten(2)
+
+
 PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "causal_convolution": causal_convolution,
     "roll": lambda x, w: x + x.roll(1, 1) @ w,
@@ -101,6 +106,8 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index_reversed": lambda x, w: x + x[:, torch.arange(x.shape[1] - 1, -1, -1)],
     "squeezed": lambda x, w: x + x.squeeze(1) @ w + x[:, :, None].squeeze(),
     "masked_by_distance": masked_by_distance,
+    "attention_without_heads": lambda x, w: x + F.scaled_dot_product_attention(x @ w, x, x, is_causal=True),
+    "batch_as_heads": batch_as_heads,
     "view_merging_tokens": lambda x, w: x + x.reshape(x.shape[0], -1).cumsum(-1).view(x.shape) / 1000,
     "swapped_batch": lambda x, w: (
         x

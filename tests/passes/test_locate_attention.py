@@ -49,7 +49,15 @@ def test_a_mask_of_the_models_own_has_no_description() -> None:
     assert site.mask is None
 
 
-def test_refuses_attention_without_heads() -> None:
-    module = trace(lambda q: F.scaled_dot_product_attention(q, q, q), "b s 4")
-    with pytest.raises(UnsupportedOperationError, match=r"expected \[B, N, S, H\] query.*Reshape to 4 dims"):
+@pytest.mark.parametrize("dims", ["b s 4", "4 b s 4"])
+def test_leaves_attention_without_heads_to_the_rule_table(dims: str) -> None:
+    done = operate(LocateAttention(), trace(lambda q: F.scaled_dot_product_attention(q, q, q), dims))
+    assert not done.context.sites
+    assert done.before == done.after
+    assert "[B, N, S, H]" in done.result.skips[0].reason
+
+
+def test_refuses_attention_functions_without_heads() -> None:
+    module = trace(lambda q: attend(q, q, None), "4 b s 4")
+    with pytest.raises(UnsupportedOperationError, match=r"surgery.attention.*expected.*\[B, N, S, H\].*Transpose"):
         operate(LocateAttention(), module)
