@@ -23,7 +23,7 @@ OPAQUE = torch.ops.surgery.opaque.default
 class CallOpaqueModules:
     name: ClassVar[str] = "call-opaque-modules"
     requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
-    provides: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset({"called"})
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         found = find_opaque_calls(graph)

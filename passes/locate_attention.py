@@ -18,6 +18,7 @@ from surgery.errors import UnsupportedOperationError
 from surgery.metadata import Context, Mask, Site, Skip, module_path, source_line, where
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments
+from surgery.shapes import shape_of
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -44,10 +45,17 @@ class LocateAttention:
 
 
 def has_heads(node: fx.Node) -> bool:
-    """Whether query, key and value are [B, N, S, H] of fixed N and H: what else a model may attend over is no heads."""
+    """Whether query, key and value are [B, N, S, H], [B, Nk, S, H] of fixed sizes but B and S, and Nk divides N.
+
+    What else a model may attend over are no heads, or are broadcast.
+    """
     given = bind_arguments(node)
-    shapes = [given[name].meta["val"].shape for name in ("query", "key", "value")]
-    return all(len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int) for shape in shapes)
+    query, key, value = (shape_of(given[name].meta["val"]) for name in ("query", "key", "value"))
+    if not all(len(shape) == 4 and shape[1].is_Integer and shape[3].is_Integer for shape in (query, key, value)):
+        return False
+    repeats = given.get("enable_gqa", True)
+    are_grouped = query[1] % key[1] == 0 if repeats else query[1] == key[1]
+    return bool(are_grouped) and key[:2] == value[:2] and query[0] == key[0]
 
 
 def adopt(graph: fx.Graph, node: fx.Node) -> None:
@@ -68,8 +76,8 @@ def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
     for call in calls:
         if not has_heads(call):
             raise UnsupportedOperationError(
-                f"{where(call)}: expected query, key and value [B, N, S, H] of fixed N and H. Transpose them before "
-                "the attention function."
+                f"{where(call)}: expected query, key and value [B, N, S, H] and a multiple of their heads in the "
+                "query. Transpose or expand them before the attention function."
             )
     return [_site(call, context) for call in calls]
 

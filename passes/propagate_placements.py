@@ -31,7 +31,7 @@ from surgery.shapes import length_dims, only_length_dim
 @dataclass(frozen=True)
 class PropagatePlacements:
     name: ClassVar[str] = "propagate-placements"
-    requires: ClassVar[frozenset[str]] = frozenset({"global-sizes", "relaxed-views", "sites"})
+    requires: ClassVar[frozenset[str]] = frozenset({"global-sizes", "relaxed-views", "simple-masks"})
     provides: ClassVar[frozenset[str]] = frozenset({"placements"})
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:

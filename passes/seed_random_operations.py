@@ -28,7 +28,7 @@ from surgery.randomness import SEEDED, draws, own_seed, seed_addend, seeded
 @dataclass(frozen=True)
 class SeedRandomOperations:
     name: ClassVar[str] = "seed-random-operations"
-    requires: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    requires: ClassVar[frozenset[str]] = frozenset({"lowered", "called"})
     provides: ClassVar[frozenset[str]] = frozenset({"seeded"})
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:

@@ -21,7 +21,7 @@ ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, local
 @dataclass(frozen=True)
 class SpecializeLength:
     name: ClassVar[str] = "specialize-length"
-    requires: ClassVar[frozenset[str]] = frozenset({"converted"})
+    requires: ClassVar[frozenset[str]] = frozenset({"seeded"})
     provides: ClassVar[frozenset[str]] = frozenset({"specialized"})
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:

@@ -9,6 +9,7 @@ output           the flat outputs of the model's output class
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 import sympy
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -38,10 +39,18 @@ from surgery.signature import Signature
 from surgery.stand_ins import as_unsharded
 from surgery.trace_settings import refused_assignments, traceable_config, without_checkpointing, without_saving
 
+_captures = itertools.count()
+
 
 @dataclass
 class Capture:
-    """A captured graph, and what is needed to call it and to read its outputs."""
+    """A captured graph, and what is needed to call it and to read its outputs.
+
+    `lengths`, `batch`: the symbols of its sizes. `assumptions`: conditions on them under which the trace holds.
+    `constants`: tensors that the trace made, by a name that no other capture has. `calls`, `masks`, `opaque_calls`: the
+    records, by the numbers that nodes carry. `attempts`: what was tried to get through, for the report. `sides`: those
+    taken of the model's branches on data, in order.
+    """
 
     graph: fx.Graph
     lengths: Lengths
@@ -110,12 +119,17 @@ def _trace(
                 "Run the model's code through torch.export.export(strict=False) to see where it stops."
             ) from error
     captured = _to_capture(program, signature)
-    for length, dim in zip(captured.lengths, ranges, strict=True):
-        captured.assumptions += [sympy.Ge(length, dim.min)] if dim.min else []
-        captured.assumptions += [sympy.Le(length, dim.max)] if isinstance(dim.max, int) else []
+    captured.assumptions += _bounds(captured.batch, ranges["b"]) if captured.batch is not None else []
+    for letter, length in zip(signature.letters, captured.lengths, strict=True):
+        captured.assumptions += _bounds(length, ranges[letter])
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
     return captured
+
+
+def _bounds(size: sympy.Symbol, dim: Dim) -> list[sympy.Basic]:
+    lower = [sympy.Ge(size, dim.min)] if dim.min else []
+    return [*lower, sympy.Le(size, dim.max)] if isinstance(dim.max, int) else lower
 
 
 class SpecializedError(CaptureError):
@@ -163,6 +177,7 @@ def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
     _refuse_mutations(program)
     graph = program.graph_module.graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    number = next(_captures)
     constants: dict[str, Tensor] = {}
     inputs: list[fx.Node] = []
     for node in list(graph.find_nodes(op="placeholder")):
@@ -172,6 +187,7 @@ def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
             continue
         if spec.kind is InputKind.CONSTANT_TENSOR:
             assert spec.target is not None
+            node.name = f"{node.name}_of_{number}"
             constants[node.name] = program.constants[spec.target]
         _replace_by_attribute(graph, node, _path_of(node, spec))
     names = [tensor.name for tensor in signature.tensors]

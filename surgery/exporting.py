@@ -23,10 +23,10 @@ MOST_REFINEMENTS = 4
 
 def export_model(
     model: nn.Module, signature: Signature, example: tuple[int, ...], fallbacks: Fallbacks
-) -> tuple[ExportedProgram, list[Dim]]:
-    """The exported program, and the range of each sequence length that it serves.
+) -> tuple[ExportedProgram, dict[str, Dim]]:
+    """The exported program, and the ranges that it serves: of the batch size "b", and of each sequence's length.
 
-    A table of positions bounds them from above, a convolution's kernel from below, a branch on the length on its side.
+    A table of positions bounds a length from above, a convolution's kernel from below, a branch on a size on its side.
     torch.export says so when it fails, and is asked again.
     """
     sizes = dict(zip(("b", *signature.letters), example, strict=True))
@@ -48,7 +48,7 @@ def export_model(
             if not remaining or not _refine(dims, error):
                 raise
         else:
-            return program, [dims[letter] for letter in signature.letters]
+            return program, dims
     raise AssertionError("the last refinement either returns or raises")
 
 
@@ -60,7 +60,8 @@ def _refine(dims: dict[str, Dim], error: UserError) -> bool:
         return False
     assert isinstance(refined, dict)
     suggested = {letter: dim for letter, (dim,) in refined.items()}
-    if any(type(dim) is not Dim for dim in suggested.values()):  # an int or a multiple is no range
+    is_range = all(type(dim) is Dim for dim in suggested.values())  # an int or a multiple is none
+    if not is_range or str(suggested["n"]) != str(dims["n"]):  # counts are no size that a program is found by
         return False
     dims.update(suggested)
     return True

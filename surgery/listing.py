@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery import collectives, cross_exchange, exchange
+from surgery import collectives, cross_exchange, exchange, row_exchange
 from surgery.layers import split_path
 from surgery.metadata import facts_of, module_class, module_path, source_line
 from surgery.notation import Notation, short_dtype
@@ -23,6 +23,8 @@ MARKS: dict[Any, str] = {
     cross_exchange.exchange_queries: "exchange",
     exchange.exchange_to_heads: "exchange",
     exchange.exchange_to_sequence: "exchange",
+    row_exchange.exchange_to_rows: "exchange",
+    row_exchange.exchange_from_rows: "exchange",
     collectives.shard: "shard",
     collectives.gather: "gather",
     collectives.all_reduce: "all-reduce",

@@ -23,6 +23,7 @@ CHECKPOINTING = (  # a matter of segments, not of the graph
 )
 
 OF_TORCH = frozenset(vars(nn.Module()))
+PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
 
 
 def fingerprint(model: nn.Module) -> int:
@@ -47,12 +48,12 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
-    """What a trace bakes in of a module or a config: numbers, words, functions, plain tensors, and lists of words."""
+    """What a trace bakes in of a module or a config: plain values, functions, tensors, and lists of plain values."""
     found: list[object] = []
     for name, value in vars(owner).items():
         if name in CHECKPOINTING or is_mark(name):
             continue
-        if isinstance(value, (bool, int, float, str)):
+        if isinstance(value, PLAIN):
             found.append((name, value))
         elif isinstance(value, Tensor):
             found.append((name, id(value), value._version))
@@ -66,12 +67,12 @@ def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a container holds nothing but numbers, words and containers of them."""
+    """Whether a container holds nothing but numbers, words, dtypes and containers of them."""
     if isinstance(value, dict):
         return all(_is_plain(x) for pair in value.items() for x in pair)
     if isinstance(value, list | tuple | set):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+    return isinstance(value, PLAIN)
 
 
 def check_state(model: nn.Module) -> None:

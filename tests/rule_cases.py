@@ -429,8 +429,8 @@ CREATION = [
     Case("aten::new_full", X, lambda x: x.new_full((x.shape[1], 6), 2.0) + x, FLAT),
     Case("aten::new_ones", "b s 6, =2", lambda x, y: y.new_ones(x.shape) * x, SAME),
     Case("aten::new_zeros", X, lambda x: x.new_zeros(2, x.shape[1], 6), SAME),
-    Case("aten::new_zeros", X, lambda x: x.new_zeros(x.shape[1], x.shape[1]).sum(1)[:, None] + x, "gathered"),
-    Case("aten::new_zeros", X, lambda x: x.new_zeros(4, 2), "gathered"),
+    Case("aten::new_zeros", X, lambda x: x.new_zeros(x.shape[1], x.shape[1]).sum(1)[:, None] + x, "replicated"),
+    Case("aten::new_zeros", X, lambda x: x.new_zeros(4, 2), "replicated"),
     Case("aten::ones", X, lambda x: torch.ones(x.shape[1], 6) + x, FLAT),
     Case("aten::zeros", X, lambda x: torch.cat([torch.zeros(x.shape[0], x.shape[1], 2, dtype=x.dtype), x], -1), SAME),
 ]

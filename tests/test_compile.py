@@ -36,12 +36,14 @@ def _errors(model: Any, reference: Any, compiled: Any, length: int) -> float:
     return max(errors)
 
 
-def _run_lengths(backend: str, name: str, lengths: tuple[int, ...], is_training: bool) -> tuple[float, int]:
+def _run_lengths(
+    backend: str, name: str, sp_size: int, lengths: tuple[int, ...], is_training: bool
+) -> tuple[float, int]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make_model(name, num_hidden_layers=1).train(is_training)
     reference = copy.deepcopy(model)
-    transform(model, 4)
+    transform(model, sp_size)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     worst = max(_errors(model, reference, compiled, length) for length in lengths[:COMPILED_FIRST])
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -53,13 +55,13 @@ def _run_lengths(backend: str, name: str, lengths: tuple[int, ...], is_training:
 
 @pytest.mark.parametrize(("name", "is_training"), [("llama", True), ("gpt2", False)])
 def test_one_graph_for_all_lengths(ranks: RankPool, name: str, is_training: bool) -> None:
-    for worst, num_breaks in ranks.run(_run_lengths, "aot_eager", name, LENGTHS, is_training):
+    for worst, num_breaks in ranks.run(_run_lengths, "aot_eager", name, 4, LENGTHS, is_training):
         assert num_breaks == 0
         assert worst <= TOLERANCE[torch.float32]
 
 
-def test_inductor_is_exact(ranks: RankPool) -> None:
-    for worst, num_breaks in ranks.run(_run_lengths, "inductor", "llama", LENGTHS[:3], True):
+def test_inductor_is_exact(pair: RankPool) -> None:
+    for worst, num_breaks in pair.run(_run_lengths, "inductor", "llama", 2, LENGTHS[:3], True):
         assert num_breaks == 0
         assert worst <= TOLERANCE[torch.float32]
 
@@ -81,8 +83,8 @@ def _captured_while_compiling() -> tuple[int, float]:
     return num_programs, worst
 
 
-def test_signatures_are_captured_while_compiling(ranks: RankPool) -> None:
-    for num_programs, worst in ranks.run(_captured_while_compiling):
+def test_signatures_are_captured_while_compiling(pair: RankPool) -> None:
+    for num_programs, worst in pair.run(_captured_while_compiling):
         assert num_programs == 3
         assert worst <= TOLERANCE[torch.float32]
 

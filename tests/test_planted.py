@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 from surgery import UnsupportedOperationError, transform
 from surgery.comparison import run_simulated, run_whole
@@ -49,24 +47,3 @@ def test_one_token_or_one_head_a_rank(name: str, sp_size: int, length: int) -> N
     model, batch = make_planted(name), make_batch(2, length)
     twin = transform(copy.deepcopy(model), sp_size)
     assert_exact([run_simulated(twin, run_whole(model, batch), batch)])
-
-
-class Scaled(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.settings = {"scales": [1.0, 1.0]}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.inner(x) * self.settings["scales"][1])
-
-
-def test_a_setting_in_a_container_that_changes_is_captured_anew() -> None:
-    model, batch = make_model("llama", num_hidden_layers=1), make_batch(2, 16)
-    model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
-    twin = transform(copy.deepcopy(model), 2)
-    for scale in (1.0, 0.5):
-        for whole in (model, twin):
-            whole.model.layers[0].mlp.settings["scales"][1] = scale
-            whole.zero_grad()
-        assert_exact([run_simulated(twin, run_whole(model, batch), batch)])

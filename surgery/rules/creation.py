@@ -2,13 +2,14 @@
 
     zeros([B, S, H])  ->  zeros([B, S/P, H])
     ones([B, S])      ->  ones([B, S])         one number a token: whole, as masks and positions are
+    x.new_ones([S, S])    the same whole on every rank: of x [B, S/P, H] nothing but its dtype is read
 
 Random tensors are in `random.py`.
 """
 
 from __future__ import annotations
 
-from surgery.placement import Sharded
+from surgery.placement import REPLICATED, Sharded
 from surgery.rules.call import Call, Step
 from surgery.rules.table import rule
 from surgery.shapes import only_length_dim
@@ -28,9 +29,10 @@ from surgery.shapes import only_length_dim
 )
 def create(call: Call) -> Step | None:
     dim = only_length_dim(call.shape, call.lengths)
+    as_they_are = tuple(operand.placement for operand in call.operands)
     if dim is None or _is_one_number_a_token(call):
-        return None
-    return Step(tuple(operand.placement for operand in call.operands), (Sharded(dim),), sizes="size")
+        return Step(as_they_are, (REPLICATED,))
+    return Step(as_they_are, (Sharded(dim),), sizes="size")
 
 
 def _is_one_number_a_token(call: Call) -> bool:

@@ -49,9 +49,18 @@ def test_a_mask_of_the_models_own_has_no_description() -> None:
     assert site.mask is None
 
 
-@pytest.mark.parametrize("dims", ["b s 4", "4 b s 4"])
-def test_leaves_attention_without_heads_to_the_rule_table(dims: str) -> None:
-    done = operate(LocateAttention(), trace(lambda q: F.scaled_dot_product_attention(q, q, q), dims))
+@pytest.mark.parametrize(
+    ("query", "keys"),
+    [
+        ("b s 4", "b s 4"),
+        ("4 b s 4", "4 b s 4"),
+        ("b 1 s 4", "b 4 s 4"),
+        ("b 4 s 4", "1 4 s 4"),
+        ("b 4 s 4", "b 1 s 4"),
+    ],
+)
+def test_leaves_attention_without_heads_to_the_rule_table(query: str, keys: str) -> None:
+    done = operate(LocateAttention(), trace(lambda q, k: F.scaled_dot_product_attention(q, k, k), query, keys))
     assert not done.context.sites
     assert done.before == done.after
     assert "[B, N, S, H]" in done.result.skips[0].reason

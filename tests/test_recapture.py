@@ -1,0 +1,83 @@
+"""A graph serves the calls that it was captured for, and no others: what differs is captured anew, and stays apart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery import transform
+from surgery.comparison import run_simulated, run_whole
+from tests.proof import assert_exact
+from tests.zoo import make_batch, make_model
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.settings = {"scales": [1.0, 1.0]}
+        self.dtype: torch.dtype | None = None
+
+
+class ByContainer(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(x) * self.settings["scales"][1])
+
+
+class ByDtype(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(x) if self.dtype is None else self.inner(x).to(self.dtype).to(x.dtype))
+
+
+class ByMode(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(x) * torch.tensor([2.0] if self.training else [0.5]))
+
+
+class ByBatchSize(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(x) * 2 if x.shape[0] > 4 else self.inner(x))
+
+
+class ByLength(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(x) * torch.tensor([2.0 if x.shape[1] > 20 else 0.5]))
+
+
+def set_scale(model: Any, scale: float) -> None:
+    model.model.layers[0].mlp.settings["scales"][1] = scale
+
+
+def set_dtype(model: Any, dtype: torch.dtype | None) -> None:
+    model.model.layers[0].mlp.dtype = dtype
+
+
+def leave(model: Any) -> None:
+    pass
+
+
+CALLS: dict[type[Wrapped], list[tuple[Any, tuple[Any, ...], tuple[int, int]]]] = {
+    ByContainer: [(set_scale, (scale,), (2, 16)) for scale in (1.0, 0.5, 1.0)],
+    ByDtype: [(set_dtype, (dtype,), (2, 16)) for dtype in (None, torch.float64, torch.float16, None)],
+    ByMode: [(nn.Module.train, (is_training,), (2, 16)) for is_training in (True, False, True)],
+    ByBatchSize: [(leave, (), (batch_size, 16)) for batch_size in (2, 6, 3, 5)],
+    ByLength: [(leave, (), (2, length)) for length in (16, 24, 17)],
+}
+
+
+@pytest.mark.parametrize("wrapped", CALLS)
+def test_what_differs_is_captured_anew(wrapped: type[Wrapped]) -> None:
+    model = make_model("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp = wrapped(model.model.layers[0].mlp)
+    twin = transform(copy.deepcopy(model), 2)
+    for change, arguments, sizes in CALLS[wrapped]:
+        batch = make_batch(*sizes)
+        for whole in (model, twin):
+            change(whole, *arguments)
+            whole.zero_grad()
+        assert_exact([run_simulated(twin, run_whole(model, batch), batch)])
+    assert len(twin.surgery.programs) == 2 + (wrapped is ByDtype)
