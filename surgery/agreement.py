@@ -33,7 +33,7 @@ def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:
     rows = all_gather_first_dim(row, group.size(), group.group_name)
     for field, column in zip(FIELDS, rows.T.tolist(), strict=True):
         if len(set(column)) > 1:
-            shown = f" ({', '.join(f'{value:g}' for value in column)})" if field in SHOWN_FIELDS else ""
+            shown = f" ({', '.join(f'{int(value):,}' for value in column)})" if field in SHOWN_FIELDS else ""
             raise InputError(
                 f"the calls of the {group.size()} ranks that share a sequence differ in {field}{shown}. "
                 "Expected the same whole batch on each. Seed their data loaders alike, and shard batches over the "
@@ -66,7 +66,13 @@ def _two_lengths(call: BoundCall) -> tuple[int, int]:
 def hash_arguments(call: BoundCall) -> int:
     """A number that differs where the names, dtypes or ranks of the tensors, or the constants, do."""
     described = [(name, str(tensor.dtype), tensor.ndim) for name, tensor in sorted(call.tensors.items())]
-    return zlib.crc32(repr((described, sorted(call.constants.items()))).encode())
+    constants = [(name, _told(value)) for name, value in sorted(call.constants.items())]
+    return zlib.crc32(repr((described, constants)).encode())
+
+
+def _told(value: object) -> object:
+    """What `repr` may tell of a value on every rank alike: of a plain object it tells where it lies."""
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else value
 
 
 def _checksum(call: BoundCall) -> float:

@@ -7,7 +7,7 @@
 MODEL is a hub name, of which only the configuration is read, a directory with config.json, the file itself, or a model
 type such as llama, with its default configuration.
 
-Exit codes: 0 fine (verify: exact), 1 refused (the reason is shown), 2 wrong usage, 3 verified, and wrong.
+Exit codes: 0 fine (verify: exact), 1 refused (the reason is shown), 2 wrong usage, 3 verified, and wrong or failed.
 """
 
 from __future__ import annotations

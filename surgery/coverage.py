@@ -10,13 +10,14 @@ import transformers
 
 from surgery.catalog import list_architectures
 from surgery.sweep import Row
-from surgery.trial import EXACT, FINE, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome
+from surgery.trial import EXACT, FAILED, FINE, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome
 
-VERDICTS = (EXACT, GATHERED, REFUSED, UNRUNNABLE, WRONG)
+VERDICTS = (EXACT, GATHERED, REFUSED, FAILED, UNRUNNABLE, WRONG)
 MEANINGS = {
     EXACT: "loss, outputs and every unscaled gradient are the unsharded model's; nothing runs whole but attention",
     GATHERED: "as exact, but the operations named run on all tokens on every rank",
-    REFUSED: "`transform`, or the call, raises an error; nothing is computed wrongly",
+    REFUSED: "`transform`, or the call, raises an error of this package, which says why",
+    FAILED: "another error is raised, or nothing is answered in time: a bug",
     UNRUNNABLE: "the unsharded model cannot run on token ids and labels here either",
     WRONG: "the numbers differ: a bug",
 }
@@ -31,7 +32,7 @@ def coverage_page(rows: Sequence[Row], sp_size: int) -> str:
 def verdict_of(row: Row) -> str:
     """The worst of an architecture's outcomes that says something; unrunnable if none does."""
     found = {outcome.verdict for outcome in row.outcomes}
-    return next((verdict for verdict in (WRONG, REFUSED, GATHERED, EXACT) if verdict in found), UNRUNNABLE)
+    return next((verdict for verdict in (WRONG, FAILED, REFUSED, GATHERED, EXACT) if verdict in found), UNRUNNABLE)
 
 
 def _head(rows: Sequence[Row], sp_size: int) -> Iterator[str]:
@@ -88,9 +89,9 @@ def _cell(outcome: Outcome) -> str:
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:
     groups: dict[str, list[str]] = {}
     for row in rows:
-        if verdict_of(row) in (REFUSED, WRONG):
+        if verdict_of(row) in (REFUSED, FAILED, WRONG):
             groups.setdefault(_family(_telling(row)), []).append(row.architecture.class_name)
-    yield "## Refused, by reason"
+    yield "## Refused or failed, by reason"
     yield ""
     for reason, names in sorted(groups.items(), key=lambda group: -len(group[1])):
         yield f"- **{reason}** ({len(names)}): {', '.join(names)}"

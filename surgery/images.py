@@ -27,6 +27,7 @@ from surgery.signature import (
     BoundCall,
     bind_call,
     describe_tensor,
+    unpack_keywords,
 )
 
 NO_CACHE = {"use_cache": False}
@@ -71,13 +72,14 @@ def find_decoder_call(model: Any, forward: Callable[..., Any], given: Mapping[st
     decoder: nn.Module = model.get_decoder()
 
     def stop(*args: Any, **kwargs: Any) -> NoReturn:
-        raise _ReachedDecoder(inspect.signature(decoder.forward).bind(*args, **kwargs).arguments)
+        parameters = inspect.signature(decoder.forward)
+        raise _ReachedDecoder(unpack_keywords(parameters, parameters.bind(*args, **kwargs).arguments))
 
     try:
         with _forgetting(model), calls_replaced(decoder, stop):
             forward(**given)
     except _ReachedDecoder as reached:
-        return {**reached.arguments, **reached.arguments.get("kwargs", {})}
+        return reached.arguments
     return {}
 
 

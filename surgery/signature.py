@@ -92,12 +92,12 @@ def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
         bound = parameters.bind(*args, **kwargs).arguments
     except TypeError as error:
         raise InputError(f"the model's forward cannot take these arguments: {error}") from error
-    given = {name: value for name, value in bound.items() if value is not None and name != "kwargs"}
-    given.update({name: value for name, value in bound.get("kwargs", {}).items() if value is not None})
+    given = {name: value for name, value in unpack_keywords(parameters, bound).items() if value is not None}
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     for name in SCALAR_INPUTS & given.keys() - tensors.keys():
         tensors[name] = torch.tensor(given[name])
     constants = {name: value for name, value in given.items() if name not in tensors and name != "use_cache"}
+    _check_hashable(constants)
     if "encoder_outputs" in given:
         raise InputError(
             "encoder_outputs: the captured graph runs the encoder itself. Expected the encoder's input_ids. "
@@ -116,6 +116,24 @@ def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
         next(iter(sequences.values())).shape[0],
         {letter: tensor.shape[sequence_dim(tensor)] for letter, tensor in sequences.items()},
     )
+
+
+def unpack_keywords(parameters: inspect.Signature, bound: Mapping[str, Any]) -> dict[str, Any]:
+    """Bound arguments by name, those that a forward collects in `**kwargs` among them."""
+    collected = {name for name, each in parameters.parameters.items() if each.kind is inspect.Parameter.VAR_KEYWORD}
+    named = {name: value for name, value in bound.items() if name not in collected}
+    return {**named, **{key: value for name in collected for key, value in bound.get(name, {}).items()}}
+
+
+def _check_hashable(constants: Mapping[str, Any]) -> None:
+    for name, value in constants.items():
+        try:
+            hash(value)
+        except TypeError as error:
+            raise InputError(
+                f"{name}: a graph is captured for each value of an argument that is no tensor. Expected numbers, words, "
+                f"or tuples of them, found a {type(value).__name__}. Pass a tuple, or a tensor."
+            ) from error
 
 
 def find_sequences(tensors: Mapping[str, Tensor], *, has_decoder: bool) -> dict[str, Tensor]:

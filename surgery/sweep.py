@@ -23,7 +23,7 @@ from typing import Any
 from surgery.catalog import Architecture, list_architectures
 from surgery.ranks import RankPool, RanksLostError
 from surgery.shrink import shrink
-from surgery.trial import REFUSED, UNRUNNABLE, Outcome, explain, try_model
+from surgery.trial import UNRUNNABLE, Outcome, explain, try_model, unanswered
 
 TIMEOUT_S = 480
 
@@ -74,7 +74,7 @@ class Workers:
             self._own.pool = None
             self._open.discard(pool)
             pool.close()
-            return Row(architecture, tuple(Outcome(kind, REFUSED, explain(error)) for kind in self.kinds))
+            return Row(architecture, tuple(unanswered(kind, error) for kind in self.kinds))
         return Row(architecture, tuple(Outcome(**facts) for facts in by_rank[0]))
 
     def close(self) -> None:

@@ -66,10 +66,7 @@ def cost(summary: Summary) -> Shown:
     whole, held = f"one sequence of {EXAMPLE_LENGTH:,} tokens", f"{share:,}"
     if _num_sequences(summary) == 2:
         whole, held = f"a source S and a target T of {EXAMPLE_LENGTH:,} tokens each", f"{share:,} of either"
-    yield _note(
-        f"Each rank holds 1/{header.sp_size} of the tokens, and inside attention 1/{header.sp_size} of the heads. "
-        f"Of {whole} it holds {held} and sends {sent}."
-    )
+    yield _note(f"Each rank holds 1/{header.sp_size} of the tokens: of {whole} {held}. It sends {sent}.")
 
 
 def _size(row: Traffic) -> tuple[str, str]:
@@ -173,7 +170,9 @@ def passes(summary: Summary) -> Shown:
 
 def _skips(row: PassRow) -> list[str]:
     shown = [f"skipped {s.path}{f' × {s.count}' if s.count > 1 else ''}: {s.first.reason}" for s in row.skips]
-    return shown[:MOST_ROWS]
+    return (
+        shown if len(shown) <= MOST_ROWS else [*shown[:MOST_ROWS], f"and {len(shown) - MOST_ROWS} more, in to_dict()"]
+    )
 
 
 def _rest(rows: Sized) -> Shown:

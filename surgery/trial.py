@@ -2,7 +2,8 @@
 
 exact        loss, outputs and every gradient within the tolerance
 gathered     exact too, with operations that every rank runs whole: `cost` names them
-refused      transform, or the call, said no: `reason`
+refused      transform, or the call, said no with an error of ours: `reason`
+failed       it raised any other error, or a rank was lost: `reason`
 unrunnable   the unsharded model cannot run on this input either: `reason`
 wrong        off by `error`, most of all `where`
 """
@@ -28,7 +29,8 @@ from surgery.batches import Batch, is_applicable, make_batch
 from surgery.comparison import TOLERANCE, float_is_double, run_sharded, run_simulated, run_whole, worst
 from surgery.errors import SurgeryError
 
-EXACT, GATHERED, REFUSED, UNRUNNABLE, WRONG = "exact", "gathered", "refused", "unrunnable", "wrong"
+EXACT, GATHERED, REFUSED, FAILED = "exact", "gathered", "refused", "failed"
+UNRUNNABLE, WRONG = "unrunnable", "wrong"
 FINE = (EXACT, GATHERED)
 NOISE = 0.05
 LONGEST_REASON = 400
@@ -80,7 +82,7 @@ class Twins:
 
     def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int) -> None:
         self.model, self.config, self.sp_size = model, config, sp_size
-        self.refusal = ""
+        self.error: Exception | None = None
         self._twin: Any = None
         self._closing = ExitStack()
 
@@ -95,14 +97,14 @@ class Twins:
         return next(parameter.dtype for parameter in self.model.parameters())
 
     def transformed(self) -> Any:
-        """The twin, without gradients; None where `transform` said no, and `refusal` says why."""
-        if self._twin is None and not self.refusal:
+        """The twin, without gradients; None where `transform` raised `error`."""
+        if self._twin is None and self.error is None:
             twin = copy.deepcopy(self.model)
             try:
                 self._twin = transform(twin, self.sp_size)
                 self._closing.callback(restore, twin)
             except Exception as error:
-                self.refusal = explain(error)
+                self.error = error
         if self._twin is not None:
             self._twin.zero_grad()
         return self._twin
@@ -139,15 +141,21 @@ def _trial(twins: Twins, kind: str) -> Outcome:
         return Outcome(kind, UNRUNNABLE, explain(error))
     model = twins.transformed()
     if model is None:
-        return Outcome(kind, REFUSED, twins.refusal)
+        assert twins.error is not None
+        return unanswered(kind, twins.error)
     run = run_sharded if dist.is_initialized() else run_simulated
     try:
         own, where = worst(run(model, reference, batch))
     except Exception as error:
-        return Outcome(kind, REFUSED, explain(error))
+        return unanswered(kind, error)
     largest, cost = _largest_of_ranks(own), describe_cost(model, batch)
     verdict = WRONG if largest > TOLERANCE[twins.dtype] else GATHERED if cost else EXACT
     return Outcome(kind, verdict, error=largest, where=where, cost=cost)
+
+
+def unanswered(kind: str, error: BaseException) -> Outcome:
+    """The outcome where sharding raised `error`: refused by us, or failed."""
+    return Outcome(kind, REFUSED if isinstance(error, SurgeryError) else FAILED, explain(error))
 
 
 def _largest_of_ranks(error: float) -> float:

@@ -26,13 +26,32 @@ from surgery.catalog import Architecture, find_architecture
 from surgery.errors import ConfigurationError
 from surgery.ranks import RankPool, RanksLostError
 from surgery.shrink import shrink
-from surgery.trial import EXACT, FINE, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, explain, try_model
+from surgery.trial import (
+    EXACT,
+    FAILED,
+    FINE,
+    GATHERED,
+    REFUSED,
+    UNRUNNABLE,
+    WRONG,
+    Outcome,
+    explain,
+    try_model,
+    unanswered,
+)
 
 FINE_CODE, REFUSED_CODE, WRONG_CODE = 0, 1, 3
 TIMEOUT_S = 300
-STYLES = {EXACT: "green", GATHERED: "yellow", REFUSED: "red", UNRUNNABLE: "dim", WRONG: "bold white on red"}
+STYLES = {
+    EXACT: "green",
+    GATHERED: "yellow",
+    REFUSED: "red",
+    FAILED: "bold red",
+    UNRUNNABLE: "dim",
+    WRONG: "bold white on red",
+}
 WHAT_NEXT = {
-    WRONG_CODE: "Wrong: do not train this architecture with sequence parallelism, and please report this table.",
+    WRONG_CODE: "Wrong or failed: do not train this architecture so, and please report this table.",
     REFUSED_CODE: "What is refused raises a SurgeryError in training too; nothing is computed wrongly.",
     FINE_CODE: "Loss, outputs and every unscaled gradient are the unsharded model's.",
 }
@@ -50,7 +69,7 @@ class Verification:
     @property
     def exit_code(self) -> int:
         verdicts = {outcome.verdict for outcome in self.outcomes}
-        if WRONG in verdicts:
+        if verdicts & {WRONG, FAILED}:
             return WRONG_CODE
         return REFUSED_CODE if REFUSED in verdicts or not verdicts & set(FINE) else FINE_CODE
 
@@ -104,6 +123,6 @@ def _outcomes(
             yield by_rank[0]
             done(waiting.pop(0))
     except (RanksLostError, AssertionError) as error:
-        yield Outcome(waiting[0], REFUSED, explain(error))
+        yield unanswered(waiting[0], error)
     finally:
         pool.close()

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from surgery import (
     CaptureError,
     ConfigurationError,
+    InputError,
     LaunchError,
     SurgeryError,
     UnsupportedOperationError,
@@ -65,6 +66,12 @@ def test_transformed_already_then_restored() -> None:
 def test_restoring_an_untouched_model() -> None:
     with pytest.raises(ConfigurationError, match="untouched"):
         restore(make_model("llama"))
+
+
+def test_arguments_without_a_hash() -> None:
+    model = transform(make_model("llama"), 2)
+    with pytest.raises(InputError, match=r"scales: .*Expected numbers.*found a list.*Pass a tuple"):
+        model.surgery.prepare(**make_batch(2, 16), scales=[1, 2])
 
 
 class Bag(nn.Module):

@@ -17,9 +17,11 @@ from surgery.capture import capture
 from surgery.catalog import Architecture, find_architecture, list_architectures
 from surgery.cli import main
 from surgery.coverage import coverage_page
+from surgery.errors import CaptureError
+from surgery.ranks import RanksLostError
 from surgery.shrink import shrink
 from surgery.sweep import Row, read_rows, sweep
-from surgery.trial import EXACT, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, try_model
+from surgery.trial import EXACT, FAILED, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, try_model, unanswered
 from surgery.verify import Verification
 from tests.ranks import RankPool
 
@@ -70,11 +72,18 @@ def test_what_is_gathered_is_named(pair: RankPool) -> None:
         ([EXACT, REFUSED], 1),
         ([UNRUNNABLE], 1),
         ([WRONG, REFUSED, EXACT], 3),
+        ([EXACT, FAILED], 3),
     ],
 )
 def test_exit_codes(verdicts: list[str], code: int) -> None:
     outcomes = tuple(Outcome("plain", verdict) for verdict in verdicts)
     assert Verification("LlamaForCausalLM", 2, 2, outcomes).exit_code == code
+
+
+def test_only_our_own_errors_are_refusals() -> None:
+    assert unanswered("plain", CaptureError("no")).verdict == REFUSED
+    assert unanswered("plain", RuntimeError("no")).verdict == FAILED
+    assert unanswered("plain", RanksLostError("rank 1 died")).verdict == FAILED
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
