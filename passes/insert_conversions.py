@@ -161,7 +161,7 @@ class _Editor:
 
     def _replace(self, node: fx.Node, step: Step) -> None:
         numbers = {name: size_node(self.graph, expr, self.context.sizes) for name, expr in step.numbers}
-        node.kwargs = {**bind_arguments(node), **dict(step.whole), **numbers, "axis": self.context.axis}
+        node.kwargs = {**bind_arguments(node), **dict(step.whole), **numbers}
         node.args = ()
         node.target = step.replacement  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""The functions that a rewritten graph calls: conversions between placements, and losses on shards.
+"""The conversions between placements that a rewritten graph calls.
 
 They are plain tensor code around functional collectives, so that `torch.compile` sees and fuses the packing.
 Cotangents are partial: every rank's backward computes an addend of the gradient. Then these pairs are adjoint, forward
@@ -14,15 +14,11 @@ Letters: B batch, N heads, S sequence, H head size, P sequence-parallel ranks, F
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from surgery.axis import Axis as Axis
-from surgery.axis import first_token, local_length, run_lengths
+from surgery.axis import Axis, first_token, local_length, run_lengths
 from surgery.private import all_gather_first_dim, all_reduce_sum, all_to_all_runs
 
 
@@ -60,57 +56,6 @@ def gather_runs(x: Tensor, lengths: Sequence[int], axis: Axis) -> Tensor:
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """The sum over the ranks of a value of which each holds an addend."""
     return all_reduce_sum(x, axis.group_name)
-
-
-def mean_addend(
-    self: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, count: int, axis: Axis
-) -> Tensor:
-    """This rank's addend of a mean over `count` elements of the whole, summed in float32 at least."""
-    result = self.dtype if dtype is None else dtype
-    precise = torch.promote_types(result, torch.float32)
-    local = self.sum(dtype=precise) if dim is None else self.sum(dim, keepdim, dtype=precise)
-    return (local / count).to(result)
-
-
-def sharded_cross_entropy(
-    self: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *,
-    whole_target: Tensor,
-    axis: Axis,
-) -> Tensor:
-    """This rank's addend of a cross-entropy; `reduction` as in ATen (1 mean, 2 sum)."""
-    addend = F.cross_entropy(
-        self, target, weight, ignore_index=int(ignore_index), reduction="sum", label_smoothing=label_smoothing
-    )
-    return addend / _label_weight(whole_target, weight, ignore_index).to(addend.dtype) if reduction == 1 else addend
-
-
-def sharded_nll_loss(
-    self: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    *,
-    whole_target: Tensor,
-    axis: Axis,
-) -> Tensor:
-    """This rank's addend of a negative log-likelihood; `reduction` as in ATen (1 mean, 2 sum)."""
-    addend = F.nll_loss(self, target, weight, ignore_index=int(ignore_index), reduction="sum")
-    return addend / _label_weight(whole_target, weight, ignore_index).to(addend.dtype) if reduction == 1 else addend
-
-
-def _label_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What a mean over labels divides by: their count, or the sum of their classes' weights."""
-    counted = labels != ignore_index
-    if weight is None:
-        return counted.sum()
-    return torch.where(counted, weight[labels.clamp(min=0)], 0).sum()
 
 
 def split_dim(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

@@ -37,13 +37,12 @@ class HeadPlan:
 
     def kv_heads(self, rank: int) -> range:
         """The key and value heads that the query heads of `rank` need."""
-        own = self.heads(rank)
-        return range(self._kv_head(own[0]), self._kv_head(own[-1]) + 1) if own else range(0)
+        return kv_heads_of(self.heads(rank), self.num_heads, self.num_kv_heads)
 
     def kv_index(self, rank: int) -> tuple[int, ...] | None:
         """For each query head of `rank` its place among `kv_heads`, or None where equal groups follow one another."""
         own, needed = self.heads(rank), self.kv_heads(rank)
-        index = tuple(self._kv_head(head) - needed.start for head in own)
+        index = tuple(head * self.num_kv_heads // self.num_heads - needed.start for head in own)
         group = len(own) // len(needed) if needed else 0
         return None if index == tuple(i // group for i in range(group * len(needed))) else index
 
@@ -67,5 +66,8 @@ class HeadPlan:
         returned = max(self.returned_features(rank, value_head_size) for rank in ranks)
         return sent * element_size_bytes, returned * element_size_bytes
 
-    def _kv_head(self, head: int) -> int:
-        return head * self.num_kv_heads // self.num_heads
+
+def kv_heads_of(heads: range, num_heads: int, num_kv_heads: int) -> range:
+    """The key and value heads, of `num_kv_heads`, that a run of the `num_heads` query heads needs."""
+    first, last = (head * num_kv_heads // num_heads for head in (heads.start, heads.stop - 1))
+    return range(first, last + 1) if heads else range(0)

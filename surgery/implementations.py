@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from surgery.axis import first_token
-from surgery.collectives import Axis
+from surgery.axis import Axis, first_token
 from surgery.errors import CaptureError
 from surgery.own_heads import HeadView, OwnHeads, cut_run
 from surgery.private import flex_heads_from

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from surgery.collectives import Axis
+from surgery.axis import Axis
 from surgery.engines import DEEPSPEED_SCALES, DEEPSPEED_SHARDS, is_asked_by
 from surgery.errors import ConfigurationError
 

@@ -11,7 +11,7 @@ from typing import Literal
 import sympy
 from torch import fx
 
-from surgery.collectives import Axis
+from surgery.axis import Axis
 from surgery.head_plan import HeadPlan
 from surgery.opaque import OpaqueCall
 from surgery.placement import REPLICATED, Placement
@@ -101,7 +101,7 @@ class Site:
         """The name of what runs: what the model asks for, or sdpa where the model calls that itself."""
         return self.call.implementation if self.call is not None else "sdpa"
 
-    def plan(self, sp_size: int) -> HeadPlan:
+    def plan(self, sp_size: int) -> HeadPlan | RowPlan:
         """Which rank attends with which heads, and rows of them."""
         return (RowPlan if self.shares_rows else HeadPlan)(self.num_heads, self.num_kv_heads, sp_size)
 

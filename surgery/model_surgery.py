@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from surgery import collectives
 from surgery.agreement import check_same_call, whole_length
+from surgery.axis import Axis
 from surgery.branches import OtherBranchError, Sides
 from surgery.capture import Capture, capture
 from surgery.checkpointing import checkpointed_layers
 from surgery.checks import check_bypass, check_call, how_to_launch
-from surgery.collectives import Axis
 from surgery.engine_checks import check_engine
 from surgery.engines import hooked_modules
 from surgery.errors import CaptureError, LaunchError

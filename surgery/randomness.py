@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.collectives import Axis
+from surgery.axis import Axis
 from surgery.errors import InputError
 from surgery.rules.call import bind_schema
 

@@ -13,17 +13,28 @@ for this plan could send less.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from surgery.axis import first_token
-from surgery.head_plan import HeadPlan
+from surgery.head_plan import kv_heads_of
 
 
-class RowPlan(HeadPlan):
+@dataclass(frozen=True)
+class RowPlan:
     """The rows and heads of one attention call whose `num_heads` N are fewer than its `size` P ranks."""
+
+    num_heads: int
+    num_kv_heads: int
+    size: int
 
     def heads(self, rank: int) -> range:
         """The one query head of `rank`."""
         head = first_token(self.num_heads, rank, self.size)
         return range(head, head + 1)
+
+    def kv_heads(self, rank: int) -> range:
+        """The key and value head that the query head of `rank` needs."""
+        return kv_heads_of(self.heads(rank), self.num_heads, self.num_kv_heads)
 
     def sharers(self, head: int) -> range:
         """The ranks that attend with query head `head`."""
@@ -43,10 +54,6 @@ class RowPlan(HeadPlan):
     def sent_queries(self, rank: int) -> int:
         """How many of the query heads of each token it holds `rank` sends to other ranks."""
         return self.num_heads - (rank in self.row_ranks(rank))
-
-    def sent_features(self, rank: int, head_size: int, value_head_size: int) -> int:
-        """How many numbers `rank` sends to other ranks for each token it holds, on the way to attention."""
-        return self.sent_queries(rank) * head_size + (self.size - 1) * (head_size + value_head_size)
 
     def returned_features(self, rank: int, value_head_size: int) -> int:
         """How many numbers `rank` sends back to each rank it attends for, for each token, times those ranks."""

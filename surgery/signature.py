@@ -131,7 +131,7 @@ def _check_hashable(constants: Mapping[str, Any]) -> None:
             hash(value)
         except TypeError as error:
             raise InputError(
-                f"{name}: a graph is captured for each value of an argument that is no tensor. Expected numbers, words, "
+                f"{name}: a graph is captured for each value of an argument that is no tensor. Expected numbers, words "
                 f"or tuples of them, found a {type(value).__name__}. Pass a tuple, or a tensor."
             ) from error
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery import collectives, exchange
-from surgery.collectives import Axis
+from surgery.axis import Axis
 from surgery.private import GroupName
 
 TIMEOUT_S = 60

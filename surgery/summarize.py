@@ -106,7 +106,7 @@ def _site_row(site: Site, context: Context, bypass: str | None) -> SiteRow:
     )
 
 
-def _exchanged(plan: HeadPlan) -> str:
+def _exchanged(plan: HeadPlan | RowPlan) -> str:
     if not isinstance(plan, RowPlan):
         return "exchanged"
     counts = [len(plan.sharers(head)) for head in range(plan.num_heads)]

@@ -436,6 +436,7 @@ CREATION = [
 ]
 
 LOSS = [
+    Case("aten::cross_entropy_loss", "s", lambda x: F.cross_entropy(x, torch.ones((), dtype=torch.int64)), "gathered"),
     Case("aten::cross_entropy_loss", "b s 6, #b s", lambda x, y: F.cross_entropy(flat(x), y.view(-1)), "partial sum"),
     Case(
         "aten::cross_entropy_loss",

@@ -184,5 +184,5 @@ def test_bytes_are_those_of_the_plan(ranks: RankPool, num_heads: int, num_kv_hea
         assert calls["all_to_all_single"] == 2
         assert (forward, backward) == ([packed, output], [home, received])
         itself = rank in plan.row_ranks(rank)
-        assert plan.sent_features(rank, 8, 8) * token // 8 == packed - (itself + 2) * token
+        assert (plan.sent_queries(rank) + 3 * 2) * token == packed - (itself + 2) * token
         assert plan.returned_features(rank, 8) * token // 8 == output - itself * token

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from surgery.collectives import Axis
+from surgery.axis import Axis
 from surgery.metadata import Context, facts_of
 from surgery.pipeline import Pass, PassResult
 from surgery.placement import Replicated

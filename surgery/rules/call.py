@@ -71,7 +71,7 @@ class Step:
     `operands` are the placements its operands must have (a conversion is inserted where one differs), `results` those
     its results then have. `sizes` names the argument that lists output sizes, beginning at output dimension
     `first_size_dim`: the sharded one is made local. `replacement` is called in the operation's stead, with the
-    operation's arguments by name, `axis`, the nodes of `whole`, which are passed as they are, before any conversion,
+    operation's arguments by name, the nodes of `whole`, which are passed as they are, before any conversion,
     and the sizes of `numbers`, which are those of the whole.
     """
 

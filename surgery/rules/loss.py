@@ -11,26 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from surgery.collectives import sharded_cross_entropy, sharded_nll_loss
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from surgery.placement import PARTIAL, REPLICATED, Placement, Replicated, Sharded
 from surgery.rules.call import Call, Step
 from surgery.rules.table import rule
 
-REDUCTION_NONE = 0
-CLASS_DIM = 1
-REPLACEMENTS: dict[str, Callable[..., Any]] = {
-    "aten::cross_entropy_loss": sharded_cross_entropy,
-    "aten::nll_loss": sharded_nll_loss,
-    "aten::nll_loss_nd": sharded_nll_loss,
-}
+REDUCTION_NONE, REDUCTION_MEAN = 0, 1
 
 
-@rule(*REPLACEMENTS, family="loss")
+@rule("aten::cross_entropy_loss", "aten::nll_loss", "aten::nll_loss_nd", family="loss")
 def cross_entropy(call: Call) -> Step | None:
     logits, target, weight = (call.operand(name) for name in ("self", "target", "weight"))
     if logits is None or target is None or len(target.shape) != len(logits.shape) - 1:
         return None
-    if not isinstance(logits.placement, Sharded) or logits.placement.dim == CLASS_DIM:
+    class_dim = min(1, len(target.shape))
+    if not isinstance(logits.placement, Sharded) or logits.placement.dim == class_dim:
         return None
     labels = logits.placement.moved_to(max(logits.placement.dim - 1, 0))
     required: dict[object, Placement] = {logits.node: logits.placement, target.node: labels}
@@ -43,3 +41,56 @@ def cross_entropy(call: Call) -> Step | None:
         return None
     replacement = REPLACEMENTS[call.node.target._schema.name]  # type: ignore[union-attr]
     return Step(operands, (PARTIAL,), replacement=replacement, whole=(("whole_target", target.node),))
+
+
+def sharded_cross_entropy(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    whole_target: Tensor,
+) -> Tensor:
+    """This rank's addend of a cross-entropy; `reduction` as in ATen (1 mean, 2 sum)."""
+    addend = F.cross_entropy(
+        self, target, weight, ignore_index=int(ignore_index), reduction="sum", label_smoothing=label_smoothing
+    )
+    return _reduced(addend, whole_target, weight, reduction, ignore_index)
+
+
+def sharded_nll_loss(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    *,
+    whole_target: Tensor,
+) -> Tensor:
+    """This rank's addend of a negative log-likelihood; `reduction` as in ATen (1 mean, 2 sum)."""
+    addend = F.nll_loss(self, target, weight, ignore_index=int(ignore_index), reduction="sum")
+    return _reduced(addend, whole_target, weight, reduction, ignore_index)
+
+
+def _reduced(addend: Tensor, labels: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Tensor:
+    """A rank's sum as its addend of the result: of a mean over all of the labels, or of their sum."""
+    if reduction != REDUCTION_MEAN:
+        return addend
+    return addend / _label_weight(labels, weight, ignore_index).to(addend.dtype)
+
+
+def _label_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean over labels divides by: their count, or the sum of their classes' weights."""
+    counted = labels != ignore_index
+    if weight is None:
+        return counted.sum()
+    return torch.where(counted, weight[labels.clamp(min=0)], 0).sum()
+
+
+REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "aten::cross_entropy_loss": sharded_cross_entropy,
+    "aten::nll_loss": sharded_nll_loss,
+    "aten::nll_loss_nd": sharded_nll_loss,
+}

@@ -9,7 +9,11 @@ max(x, y)                                pointwise, as any operation on two tens
 
 from __future__ import annotations
 
-from surgery.collectives import mean_addend
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from surgery.placement import PARTIAL, Sharded
 from surgery.rules.call import Call, Step
 from surgery.rules.pointwise import pointwise
@@ -83,3 +87,13 @@ def mean(call: Call) -> Step | None:
         return kept(call, dims)
     count = product(call.operands[0].shape[dim] for dim in dims)
     return Step((placement,), (PARTIAL,), replacement=mean_addend, numbers=(("count", count),))
+
+
+def mean_addend(
+    self: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, count: int
+) -> Tensor:
+    """This rank's addend of a mean over `count` elements of the whole, summed in float32 at least."""
+    result = self.dtype if dtype is None else dtype
+    precise = torch.promote_types(result, torch.float32)
+    local = self.sum(dtype=precise) if dim is None else self.sum(dim, keepdim, dtype=precise)
+    return (local / count).to(result)

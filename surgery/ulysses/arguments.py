@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
 
-from surgery.collectives import Axis
+from surgery.axis import Axis
 from surgery.errors import InputError
 from surgery.mask_making import TORCH_SDPA, mask_maker
 from surgery.own_heads import cut_run

@@ -22,8 +22,8 @@ from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery.api import transform
+from surgery.axis import Axis
 from surgery.checks import how_to_launch
-from surgery.collectives import Axis
 from surgery.errors import ConfigurationError, InputError, LaunchError
 from surgery.exchange import exchange_to_heads, exchange_to_sequence
 from surgery.mesh import make_mesh
