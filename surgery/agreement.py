@@ -14,12 +14,29 @@ from torch import Tensor
 
 from surgery.axis import Axis, run_lengths
 from surgery.errors import InputError
+from surgery.options import CheckInputs
 from surgery.private import all_gather_first_dim
-from surgery.signature import BoundCall
+from surgery.signature import BoundCall, Constants, TensorInputs
 
 SHOWN_FIELDS = ("batch size", "sequence length", "decoder's sequence length")
 FIELDS = ("arguments", *SHOWN_FIELDS, "contents")
 PERIOD = 8191
+
+
+class CallComparison:
+    """Compares the calls of a group's ranks: the first of each kind, always, or never."""
+
+    def __init__(self, check_inputs: CheckInputs) -> None:
+        self.check_inputs = check_inputs
+        self._compared: set[tuple[TensorInputs, Constants]] = set()
+
+    def check(self, call: BoundCall, group: dist.ProcessGroup) -> None:
+        """Raise `InputError` on every rank of `group` if their calls differ, where a comparison is due."""
+        if self.check_inputs == "never":
+            return
+        if self.check_inputs == "always" or call.kind not in self._compared:
+            check_same_call(call, group)
+            self._compared.add(call.kind)
 
 
 def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:

@@ -25,14 +25,20 @@ from surgery.signature import (
     SAMPLE_INPUTS,
     SCALAR_INPUTS,
     BoundCall,
+    Constants,
+    Signature,
+    TensorInputs,
     bind_call,
     describe_tensor,
+    has_images,
     unpack_keywords,
 )
 
 NO_CACHE = {"use_cache": False}
 BATCH_INPUTS = SCALAR_INPUTS | COUNTED_INPUTS | SAMPLE_INPUTS
 """Arguments without a dimension for the tokens."""
+Kind = tuple[TensorInputs, Constants, bool]
+"""What is the same for all calls of a signature: tensors, constants, the model's mode."""
 
 
 class UnmergedError(Exception):
@@ -42,6 +48,35 @@ class UnmergedError(Exception):
 class _ReachedDecoder(Exception):  # noqa: N818  (no error: where the forward is stopped)
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
+
+
+class ImageMerger:
+    """Makes embeddings of the images of a model's calls, and remembers which kinds of calls have to do without."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        self.model = model
+        self.forward = forward
+        self._merged: set[Kind] = set()
+        self._unmerged: dict[Kind, str] = {}
+
+    def merge(self, call: BoundCall) -> BoundCall:
+        """The call with its images merged, or as it is where it has none, or where they have to go into the graph."""
+        if not has_images(call):
+            return call
+        kind = (*call.kind, self.model.training)
+        if kind in self._unmerged:
+            return call
+        try:
+            merged = merge_images(self.model, self.forward, call, is_checked=kind not in self._merged)
+        except UnmergedError as error:
+            self._unmerged[kind] = str(error)
+            return call
+        self._merged.add(kind)
+        return merged
+
+    def why_unmerged(self, signature: Signature) -> str | None:
+        """Why the images of such calls are in the graph; None where they have none, or are merged."""
+        return self._unmerged.get((signature.tensors, signature.constants, signature.is_training))
 
 
 def merge_images(model: Any, forward: Callable[..., Any], call: BoundCall, *, is_checked: bool) -> BoundCall:

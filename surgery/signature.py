@@ -37,12 +37,16 @@ class TensorInput(NamedTuple):
     dims: tuple[str | int, ...]
 
 
+TensorInputs = tuple[TensorInput, ...]
+Constants = tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True)
 class Signature:
     """The key of a captured graph. `state` fingerprints the model: mode, modules, parameter shapes and dtypes."""
 
-    tensors: tuple[TensorInput, ...]
-    constants: tuple[tuple[str, Any], ...]
+    tensors: TensorInputs
+    constants: Constants
     is_training: bool
     autocast_dtype: torch.dtype | None
     state: int
@@ -79,6 +83,14 @@ class BoundCall:
     def sizes(self) -> tuple[int, ...]:
         """The batch size and the lengths, as plain numbers: what a graph is captured with."""
         return int(self.batch_size), *(int(length) for length in self.lengths.values() if length != 1)
+
+    @property
+    def kind(self) -> tuple[TensorInputs, Constants]:
+        """What a graph is captured for: the tensors, in the order in which the graph takes them, and the constants."""
+        tensors = (
+            describe_tensor(name, self.tensors[name], self.batch_size, self.lengths) for name in sorted(self.tensors)
+        )
+        return tuple(tensors), tuple((name, self.constants[name]) for name in sorted(self.constants))
 
 
 def has_images(call: BoundCall) -> bool:
@@ -174,13 +186,6 @@ def describe_tensor(name: str, tensor: Tensor, batch_size: int, lengths: Mapping
     if tensor.is_floating_point() and name.endswith("inputs_embeds"):
         dims[2] = int(tensor.shape[2])
     return TensorInput(name, tensor.dtype, tensor.device, tuple(dims))
-
-
-def describe_tensors(call: BoundCall) -> tuple[TensorInput, ...]:
-    """The tensor inputs of a call, in the order in which a graph takes them."""
-    return tuple(
-        describe_tensor(name, call.tensors[name], call.batch_size, call.lengths) for name in sorted(call.tensors)
-    )
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -36,7 +36,7 @@ from surgery.engines import hooks_of, is_engine_function, original_class
 from surgery.private import intercepted_lookup
 from surgery.recording_masks import record_mask
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
-from surgery.signature import bind_call, describe_tensors
+from surgery.signature import bind_call
 from tests.ranks import RankPool
 from tests.tracing import trace
 from tests.zoo import make_batch, make_config, make_model
@@ -183,7 +183,7 @@ def _captured(name: str) -> fx.Graph:
         model = make_model(name, num_hidden_layers=1)
     batch = {key: value.to("meta") for key, value in make_batch(2, 16).items()}
     call = bind_call(inspect.signature(model.forward), (), batch)
-    signature = surgery.signature.Signature(describe_tensors(call), (), True, None, 0)
+    signature = surgery.signature.Signature(call.kind[0], (), True, None, 0)
     return capture(model, signature, (2, 16)).graph
 
 
