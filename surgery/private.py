@@ -36,7 +36,12 @@ IS_TRACED = "is_torchdynamo_compiling"
 
 
 def all_to_all_runs(x: Tensor, sent: Sequence[int], received: Sequence[int], group_name: GroupName) -> Tensor:
-    """Send a run of dim 0 to each rank: `sent[p]` elements to rank p, `received[p]` from it. Differentiable."""
+    """Send a run of dim 0 to each rank: `sent[p]` elements to rank p, `received[p]` from it. Differentiable.
+
+    Complex numbers travel as pairs of real ones, as torch has the other collectives do.
+    """
+    if x.is_complex():
+        return torch.view_as_complex(all_to_all_runs(torch.view_as_real(x), sent, received, group_name))
     return _arrived(functional.all_to_all_single_autograd(x, list(received), list(sent), group_name))
 
 

@@ -92,6 +92,7 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "average_pool": lambda x, w: x + F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
     "max_pool": lambda x, w: x + F.max_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
     "fft": lambda x, w: x + torch.fft.fft(x, dim=1).real / x.shape[1],
+    "complex_numbers": lambda x, w: x + torch.complex(x, x @ w).cumsum(1).abs() / x.shape[1],
     "cummax": lambda x, w: x + x.cummax(1).values,
     "topk_tokens": lambda x, w: x + x.topk(2, dim=1).values.sum(1, keepdim=True),
     "unfold": lambda x, w: x + F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).mean(-1),

@@ -349,6 +349,7 @@ ALONG_DIM = [
     Case("aten::cat", "b s 6, =b 1 6", lambda x, y: torch.cat([y, x], 1), "gathered"),
     Case("aten::cat", X, lambda x: torch.cat([flat(x), flat(x)], 0), "gathered"),
     Case("aten::cat", "b s 6, =b s 6", lambda x, y: torch.cat([flat(x), flat(y)], -1), FLAT),
+    Case("aten::cat", X, lambda x: torch.cat([x.new_empty(0), x], -1), SAME),
     Case("aten::concat", X, lambda x: aten.concat([x, x], -1), SAME),
     Case("aten::stack", "b s 6, =b s 6", lambda x, y: torch.stack([x, y]), MOVED),
     Case("aten::stack", X, lambda x: torch.stack([x, x.cos()], -1), SAME),
@@ -414,6 +415,7 @@ INDEXING = [
     Case("aten::index", "b s 6, #3", lambda x, i: aten.index(x, [None, None, i]), "gathered"),
     Case("aten::index", "=6 6, b s 6, b s 6", lambda w, x, y: w[x.argmax(-1), y.argmax(-1)], "gathered"),
     Case("aten::index", X, lambda x: x.argmax(-1)[0, x.argmax(-1)], "gathered"),
+    Case("aten::index", X, lambda x: torch.arange(x.shape[1])[x[0, :, 0] > 0].sum() * x, "gathered"),
     Case("aten::index_select", "b s 6, #4", lambda x, i: x.index_select(-1, i), SAME),
     Case("aten::index_select", "b s 6, #4", lambda x, i: x.index_select(1, i), "gathered"),
 ]

@@ -63,6 +63,7 @@ SHORT_RUN = [
     "hand_written_attention",
     "linear_attention",
     "cumsum",
+    "complex_numbers",
 ]
 
 

@@ -7,7 +7,7 @@ cumsum, roll, sort over S           -> gathered: they mix tokens
 
 from __future__ import annotations
 
-from surgery.placement import Placement, Sharded
+from surgery.placement import REPLICATED, Placement, Sharded
 from surgery.rules.call import Call, Step, uniform
 from surgery.rules.pointwise import align
 from surgery.rules.table import rule
@@ -68,10 +68,11 @@ def reorder(call: Call) -> Step | None:
 
 @rule("aten::cat", "aten::concat", family="along-dim")
 def cat(call: Call) -> Step | None:
-    lead = call.sharded[0].placement
-    if not isinstance(lead, Sharded) or lead.dim == call.dim(ndim=len(call.shape)):
+    """An empty tensor of one dim, such as `torch.tensor([])`, goes with any others: whole, as it has no sequence."""
+    lead, ndim = call.sharded[0].placement, len(call.shape)
+    if not isinstance(lead, Sharded) or lead.dim == call.dim(ndim=ndim):
         return None
-    return uniform(call, lead)
+    return Step(tuple(lead if len(o.shape) == ndim else REPLICATED for o in call.operands), (lead,))
 
 
 @rule("aten::stack", family="along-dim")

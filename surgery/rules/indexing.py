@@ -7,11 +7,15 @@ gather        [B, S/P, E], index [B, S/P, k]   -> [B, S/P, k]    along E; scatte
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from surgery.placement import REPLICATED, Placement, Sharded
 from surgery.rules.call import Call, Step, uniform
 from surgery.rules.table import rule
+
+MASKS = (torch.bool, torch.uint8)
+"""As indices they choose entries, each by its place, instead of naming them."""
 
 
 @rule("aten::embedding", family="indexing")
@@ -47,7 +51,7 @@ def index(call: Call) -> Step | None:
     if table.is_sharded or len(indices) != 1 or len(given) != 1 or call.arguments["indices"][given[0]] is table.node:
         return None
     placement = indices[0].placement
-    if not isinstance(placement, Sharded):
+    if not isinstance(placement, Sharded) or indices[0].node.meta["val"].dtype in MASKS:
         return None
     return Step((REPLICATED, placement), (placement.moved_to(placement.dim + given[0]),))
 
