@@ -110,12 +110,26 @@ def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
             f"[B, S] or [B, S, H]; found {', '.join(sorted(given)) or 'no arguments'}. "
             "Pass the whole batch on every rank."
         )
+    for name, value in constants.items():
+        if name != "past_key_values" and _is_changeable(value):
+            raise InputError(
+                f"{name}: a {type(value).__name__}, whose contents the captured graph would keep as they were on the "
+                "first call. Expected tensors, numbers, words, or tuples of numbers and words. Pass one of those, or "
+                "call restore(model) to run the unsharded model."
+            )
     return BoundCall(
         tensors,
         constants,
         next(iter(sequences.values())).shape[0],
         {letter: tensor.shape[sequence_dim(tensor)] for letter, tensor in sequences.items()},
     )
+
+
+def _is_changeable(value: Any) -> bool:
+    """Whether a value that is no tensor holds tensors, or may hold others on the next call."""
+    if isinstance(value, tuple):
+        return any(isinstance(item, Tensor) or _is_changeable(item) for item in value)
+    return isinstance(value, list | dict | set)
 
 
 def find_sequences(tensors: Mapping[str, Tensor], *, has_decoder: bool) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from surgery import (
     CaptureError,
     ConfigurationError,
+    InputError,
     LaunchError,
     SurgeryError,
     UnsupportedOperationError,
@@ -156,6 +157,13 @@ def test_a_model_without_ranks_says_how_to_launch() -> None:
     model = transform(make_model("llama"), 4)
     with pytest.raises(LaunchError, match="torchrun --nproc-per-node 4"):
         model(**make_batch(2, 32))
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"full_attention": torch.ones(2, 32)}, (torch.ones(2, 32),)])
+def test_arguments_whose_contents_may_change(value: Any) -> None:
+    model = transform(make_model("llama", num_hidden_layers=1), 2)
+    with pytest.raises(InputError, match=r"attention_mask: a (list|dict|tuple), whose contents"):
+        model.surgery.prepare(**make_batch(2, 32), attention_mask=value)
 
 
 def _calls_refused() -> dict[str, str]:
