@@ -37,7 +37,13 @@ from surgery.recording import recorded_attention
 from surgery.shapes import Lengths, to_expr
 from surgery.signature import Signature
 from surgery.stand_ins import as_unsharded
-from surgery.trace_settings import refused_assignments, traceable_config, without_checkpointing, without_saving
+from surgery.trace_settings import (
+    refused_assignments,
+    traceable_config,
+    without_checkpointing,
+    without_new_attributes,
+    without_saving,
+)
 
 _captures = itertools.count()
 
@@ -92,6 +98,7 @@ def _trace(
 ) -> Capture:
     sizes = InputSizes()
     with ExitStack() as stack:
+        stack.enter_context(without_new_attributes(model))
         recording = stack.enter_context(recorded_attention(model))
         stack.enter_context(traceable_config(model))
         stack.enter_context(without_checkpointing(model))

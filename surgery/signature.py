@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def bind_call(parameters: inspect.Signature, args: tuple[Any, ...], kwargs: Mapp
     for name in SCALAR_INPUTS & given.keys() - tensors.keys():
         tensors[name] = torch.tensor(given[name])
     constants = {name: value for name, value in given.items() if name not in tensors and name != "use_cache"}
-    _check_hashable(constants)
+    _check_constants(constants)
     if "encoder_outputs" in given:
         raise InputError(
             "encoder_outputs: the captured graph runs the encoder itself. Expected the encoder's input_ids. "
@@ -137,15 +137,22 @@ def unpack_keywords(parameters: inspect.Signature, bound: Mapping[str, Any]) -> 
     return {**named, **{key: value for name in collected for key, value in bound.get(name, {}).items()}}
 
 
-def _check_hashable(constants: Mapping[str, Any]) -> None:
+def _check_constants(constants: Mapping[str, Any]) -> None:
+    """Refuse what a graph would keep as it was on the first call, although it may be another on the next."""
     for name, value in constants.items():
-        try:
-            hash(value)
-        except TypeError as error:
+        if name != "past_key_values" and _is_changeable(value):
             raise InputError(
-                f"{name}: a graph is captured for each value of an argument that is no tensor. Expected numbers, words "
-                f"or tuples of them, found a {type(value).__name__}. Pass a tuple, or a tensor."
-            ) from error
+                f"{name}: a {type(value).__name__}, whose contents the captured graph would keep as they were on the "
+                "first call. Expected tensors, numbers, words, or tuples of numbers and words. Pass one of those, or "
+                "call restore(model) to run the unsharded model."
+            )
+
+
+def _is_changeable(value: Any) -> bool:
+    """Whether a value that is no tensor holds tensors, or may hold others on the next call."""
+    if isinstance(value, tuple):
+        return any(isinstance(item, Tensor) or _is_changeable(item) for item in value)
+    return not isinstance(value, Hashable)
 
 
 def find_sequences(tensors: Mapping[str, Tensor], *, has_decoder: bool) -> dict[str, Tensor]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import FunctionType, MethodType
+from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from surgery.engines import hooks_of, is_engine_function, is_mark, original_clas
 from surgery.errors import CaptureError
 from surgery.recording import attention_implementations
 
-INSTALLED = ("forward", "generate", "_loss_function")  # what the transform itself puts on the model
+INSTALLED = ("forward", "generate")  # what the transform itself puts on the model
 CHECKPOINTING = (  # a matter of segments, not of the graph
     "gradient_checkpointing",
     "_gradient_checkpointing_func",
@@ -61,9 +64,24 @@ def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
             found.append((name, repr(value)))
         elif isinstance(value, PreTrainedConfig) and isinstance(owner, PreTrainedConfig):
             found += _settings(value)
-        elif isinstance(value, FunctionType | MethodType) and not (name in skipped or is_engine_function(value)):
-            found.append((name, id(value.__code__)))
+        elif isinstance(value, FunctionType | MethodType | partial) and not is_engine_function(value):
+            function = getattr(value, "replaced", value)  # by what the transform itself put there
+            if name not in skipped and function is not None:
+                found.append((name, *_function(function)))
     return found
+
+
+def _function(function: Callable[..., Any]) -> tuple[object, ...]:
+    """Whose code a function runs, and the plain values that are bound to it."""
+    if isinstance(function, partial):
+        return *_function(function.func), _plain((*function.args, *function.keywords.items()))
+    code = getattr(function, "__code__", function)
+    cells = (cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType())
+    return id(code), _plain((*cells, *(getattr(function, "__defaults__", None) or ())))
+
+
+def _plain(values: tuple[object, ...]) -> str:
+    return repr([value for value in values if _is_plain(value)])
 
 
 def _is_plain(value: object) -> bool:

@@ -41,6 +41,21 @@ def without_saving() -> Iterator[None]:
 
 
 @contextmanager
+def without_new_attributes(model: nn.Module) -> Iterator[None]:
+    """Take back attributes and buffers that the trace leaves on modules: the model's own code would find its tensors.
+
+    torch.export takes back what was assigned to attributes that there were (2.11 to 2.13).
+    """
+    known = [(names, set(names)) for module in model.modules() for names in (vars(module), module._buffers)]
+    try:
+        yield
+    finally:
+        for names, before in known:
+            for name in names.keys() - before:
+                del names[name]
+
+
+@contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Trace layers as they are; `surgery/checkpointing.py` cuts them out of the finished graph."""
     switched_on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]

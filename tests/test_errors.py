@@ -68,12 +68,6 @@ def test_restoring_an_untouched_model() -> None:
         restore(make_model("llama"))
 
 
-def test_arguments_without_a_hash() -> None:
-    model = transform(make_model("llama"), 2)
-    with pytest.raises(InputError, match=r"scales: .*Expected numbers.*found a list.*Pass a tuple"):
-        model.surgery.prepare(**make_batch(2, 16), scales=[1, 2])
-
-
 class Bag(nn.Module):
     """A language model without attention: the mean of the embeddings is never taken over tokens."""
 
@@ -163,6 +157,13 @@ def test_a_model_without_ranks_says_how_to_launch() -> None:
     model = transform(make_model("llama"), 4)
     with pytest.raises(LaunchError, match="torchrun --nproc-per-node 4"):
         model(**make_batch(2, 32))
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"full_attention": torch.ones(2, 32)}, (torch.ones(2, 32),)])
+def test_arguments_whose_contents_may_change(value: Any) -> None:
+    model = transform(make_model("llama", num_hidden_layers=1), 2)
+    with pytest.raises(InputError, match=r"attention_mask: a (list|dict|tuple), whose contents"):
+        model.surgery.prepare(**make_batch(2, 32), attention_mask=value)
 
 
 def _calls_refused() -> dict[str, str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
 from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
+from surgery.comparison import run_simulated, run_whole
 from surgery.private import GroupName
 from tests.planted import PLANTED, make_planted
 from tests.proof import assert_exact, compare, prove
@@ -92,6 +96,19 @@ def _prove_otherwise(length: int) -> list[dict[str, float]]:
         compare(make_model("llama"), 4, batch, gradients="sum", scale=4),
         compare(make_model("llama"), 4, batch, seq_length=length, seq_length_is_variable=False),
     ]
+
+
+def test_frequencies_that_depend_on_the_length() -> None:
+    """Of longrope, on both sides of its original length: tensors that it keeps on its module are not the trace's."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes: dict[str, Any] = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+    whole = make_model("phi3", rope_parameters={**rope, "original_max_position_embeddings": 16}, **sizes)
+    model = transform(copy.deepcopy(whole), 4)
+    for length in (12, 31):
+        batch = make_batch(2, length)
+        reference = run_whole(whole, batch)
+        assert_exact([run_simulated(model, reference, batch)])
+    restore(model)(**batch)
 
 
 def test_one_token_is_refused() -> None:

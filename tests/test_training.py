@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import restore, transform
+from surgery.comparison import run_simulated, run_whole
 from tests.proof import TOLERANCE, assert_exact, compare, gradients_of, relative_error
 from tests.ranks import RankPool
 from tests.zoo import make_batch, make_model
@@ -273,6 +276,25 @@ def _branches() -> list[float]:
 def test_branches_and_settings_are_followed(ranks: RankPool) -> None:
     for errors in ranks.run(_branches):
         assert max(errors) <= TOLERANCE_F32
+
+
+def _smoothed(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0, **kwargs: Any) -> torch.Tensor:
+    targets = labels[:, 1:].flatten()
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, label_smoothing=smoothing)
+
+
+def _weighted(weight: float) -> Callable[..., torch.Tensor]:
+    return lambda *args, **kwargs: weight * _smoothed(*args, **kwargs)
+
+
+def test_loss_functions_are_followed() -> None:
+    """Given after the transform, and others of the same code."""
+    whole = make_model("llama", num_hidden_layers=1)
+    model, batch = transform(copy.deepcopy(whole), 2), make_batch(2, 32)
+    for function in (_smoothed, partial(_smoothed, smoothing=0.2), _weighted(0.5), _weighted(2.0)):
+        model.loss_function = whole.loss_function = function
+        reference = run_whole(whole, batch)
+        assert_exact([run_simulated(model, reference, batch)])
 
 
 def _address(tensor: torch.Tensor) -> torch.Tensor:
