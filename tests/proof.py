@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 
-from surgery.comparison import SMALLEST_SHARE as SMALLEST_SHARE
-from surgery.comparison import TOLERANCE as TOLERANCE
-from surgery.comparison import compare as compare
-from surgery.comparison import float_is_double as float_is_double
-from surgery.comparison import gradients_of as gradients_of
-from surgery.comparison import relative_error as relative_error
-from surgery.comparison import worst as worst
+from surgery.comparison import TOLERANCE, compare, float_is_double, worst
 from tests.zoo import make_batch, make_model
 
 

@@ -16,9 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from surgery import CaptureError, restore, transform
+from surgery.comparison import compare
+from surgery.ranks import RankPool
 from tests.flash import CALLS, flash_on_cpu, use
-from tests.proof import assert_exact, compare
-from tests.ranks import RankPool
+from tests.proof import assert_exact
 from tests.test_masks_proof import padded
 from tests.zoo import make_batch, make_model
 

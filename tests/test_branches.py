@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from surgery import restore, transform
 from surgery.branches import OtherBranchError
 from surgery.comparison import run_sharded, run_whole
+from surgery.ranks import RankPool
 from tests.proof import assert_exact
-from tests.ranks import RankPool
 from tests.zoo import make_batch, make_model
 
 RARE = 7

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from surgery import restore, transform
+from surgery.comparison import compare
+from surgery.ranks import RankPool
 from tests.counting import CollectiveCounter, SavedActivations
-from tests.proof import assert_exact, compare
-from tests.ranks import RankPool
+from tests.proof import assert_exact
 from tests.zoo import make_batch, make_model
 
 NUM_LAYERS = 3

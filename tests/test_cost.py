@@ -10,9 +10,9 @@ import torch
 from surgery import restore, transform
 from surgery.metadata import facts_of
 from surgery.placement import Replicated
+from surgery.ranks import RankPool
 from surgery.shapes import length_dims, shape_of
 from tests.counting import CollectiveCounter, SavedActivations
-from tests.ranks import RankPool
 from tests.zoo import make_batch, make_model
 
 NUM_LAYERS = 2

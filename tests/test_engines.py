@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import transform
-from tests.proof import assert_exact, relative_error
-from tests.ranks import RankPool
-from tests.test_errors import refusal
+from surgery.comparison import relative_error
+from surgery.ranks import RankPool
+from tests.proof import assert_exact
+from tests.refusals import refusal
 from tests.training import MAX_NORM, OPTIMIZERS, Trained, errors, micro_batches, model_to_train, train_unsharded
 from tests.zoo import make_batch
 

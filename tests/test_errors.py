@@ -17,22 +17,13 @@ from surgery import (
     ConfigurationError,
     InputError,
     LaunchError,
-    SurgeryError,
     UnsupportedOperationError,
     restore,
     transform,
 )
-from tests.ranks import RankPool
+from surgery.ranks import RankPool
+from tests.refusals import refusal
 from tests.zoo import make_batch, make_model
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    """The class and message of the error that `action` raises."""
-    try:
-        action()
-    except SurgeryError as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 @pytest.mark.parametrize("sp_size", [0, -2, 2.0, "4", True])

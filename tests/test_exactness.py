@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.proof import assert_exact, compare, gradients_of, prove, relative_error
-from tests.ranks import RankPool
+from surgery.comparison import compare, gradients_of, relative_error
+from surgery.ranks import RankPool
+from tests.proof import assert_exact, prove
 from tests.sampling import sampled
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
 

@@ -16,14 +16,15 @@ from torch import Tensor
 from surgery import restore, transform
 from surgery.axis import Axis, local_length
 from surgery.collectives import shard
+from surgery.comparison import compare
 from surgery.exchange import exchange_to_heads, exchange_to_sequence
 from surgery.head_plan import HeadPlan
 from surgery.implementations import sdpa
+from surgery.ranks import RankPool
+from surgery.simulation import simulated_ranks
 from tests.counting import CollectiveCounter
-from tests.proof import assert_exact, compare, prove
-from tests.ranks import RankPool
+from tests.proof import assert_exact, prove
 from tests.sampling import sampled
-from tests.simulation import simulated_ranks
 from tests.zoo import make_batch, make_model
 
 COUNTS = [(6, 3), (6, 6), (5, 1), (7, 7), (8, 1), (3, 1), (2, 2), (2, 1), (1, 1), (12, 6), (14, 2)]

@@ -10,11 +10,11 @@ import torch
 
 from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
-from surgery.comparison import run_simulated, run_whole
+from surgery.comparison import compare, run_simulated, run_whole
 from surgery.private import GroupName
+from surgery.ranks import RankPool
 from tests.planted import PLANTED, make_planted
-from tests.proof import assert_exact, compare, prove
-from tests.ranks import RankPool
+from tests.proof import assert_exact, prove
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
 
 SHORT = 3

@@ -12,8 +12,9 @@ from transformers import masking_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
 
-from tests.proof import assert_exact, compare, prove
-from tests.ranks import RankPool
+from surgery.comparison import compare
+from surgery.ranks import RankPool
+from tests.proof import assert_exact, prove
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
 

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from surgery import restore, transform
-from tests.proof import assert_exact, compare
-from tests.ranks import RankPool
-from tests.test_errors import refusal
+from surgery.comparison import compare
+from surgery.ranks import RankPool
+from tests.proof import assert_exact
+from tests.refusals import refusal
 from tests.zoo import make_batch, make_model
 
 MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {

@@ -14,11 +14,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree as pytree
 
 from surgery import CaptureError, UnsupportedOperationError, restore, transform
+from surgery.comparison import compare, relative_error
 from surgery.learning import learn_results
 from surgery.opaque import Arguments, TensorSpec
+from surgery.ranks import RankPool
 from tests.opaque_modules import EXACT, REFUSED, Halving, Loop, make_opaque, make_reading
-from tests.proof import assert_exact, compare, prove, relative_error
-from tests.ranks import RankPool
+from tests.proof import assert_exact, prove
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
 

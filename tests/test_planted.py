@@ -7,10 +7,10 @@ import copy
 import pytest
 
 from surgery import UnsupportedOperationError, transform
-from surgery.comparison import run_simulated, run_whole
+from surgery.comparison import compare, float_is_double, run_simulated, run_whole
+from surgery.ranks import RankPool
 from tests.planted import PLANTED, make_planted
-from tests.proof import assert_exact, compare, float_is_double
-from tests.ranks import RankPool
+from tests.proof import assert_exact
 from tests.zoo import make_batch, make_model
 
 CANCELLING = {"layer_norm_over_tokens"}

@@ -34,10 +34,10 @@ from surgery import private
 from surgery.capture import capture
 from surgery.engines import hooks_of, is_engine_function, original_class
 from surgery.private import intercepted_lookup
+from surgery.ranks import RankPool
 from surgery.recording_masks import record_mask
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
 from surgery.signature import bind_call
-from tests.ranks import RankPool
 from tests.tracing import trace
 from tests.zoo import make_batch, make_config, make_model
 

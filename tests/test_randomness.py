@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSpeechSeq2Seq
 
 from surgery import UnsupportedOperationError, restore, transform
+from surgery.comparison import gradients_of, relative_error
+from surgery.ranks import RankPool
 from tests.counting import CollectiveCounter
 from tests.opaque_modules import make_opaque
-from tests.proof import gradients_of, relative_error
 from tests.random_modules import (
     NUM_HEADS,
     OVER_TOKENS,
@@ -31,7 +32,6 @@ from tests.random_modules import (
     make_attending,
     make_shown,
 )
-from tests.ranks import RankPool
 from tests.zoo import make_batch, make_model
 
 SOME_DEVIATIONS = 5.0

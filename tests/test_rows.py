@@ -25,13 +25,13 @@ from surgery.collectives import shard
 from surgery.comparison import run_simulated, run_whole
 from surgery.implementations import sdpa
 from surgery.own_rows import causal_rows, own_rows
+from surgery.ranks import RankPool
 from surgery.recorded import RecordedCall
 from surgery.row_exchange import exchange_from_rows, exchange_to_rows
 from surgery.row_plan import RowPlan
 from surgery.row_sharing import EAGER, MODELS, is_row_wise
+from surgery.simulation import simulated_ranks
 from tests.proof import assert_exact, prove
-from tests.ranks import RankPool
-from tests.simulation import simulated_ranks
 from tests.test_backends import assert_flash, prove_flash, prove_own, register_own
 from tests.test_heads import Setting, check, count_step, draw_settings, with_heads
 from tests.test_masks_proof import packed, padded

@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from surgery import restore, transform
+from surgery.comparison import compare
+from surgery.ranks import RankPool
 from tests.counting import CollectiveCounter
-from tests.proof import assert_exact, compare
-from tests.ranks import RankPool
+from tests.proof import assert_exact
 from tests.sampling import sampled
 from tests.zoo import VOCAB_SIZE, make_batch, make_model
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from surgery import restore, transform
 from surgery.axis import run_lengths
+from surgery.comparison import SMALLEST_SHARE, float_is_double, gradients_of, relative_error
+from surgery.ranks import RankPool
 from surgery.sharded_inputs import overlap
 from tests.counting import CollectiveCounter
-from tests.proof import SMALLEST_SHARE, assert_exact, float_is_double, gradients_of, relative_error
-from tests.ranks import RankPool
-from tests.test_errors import refusal
+from tests.proof import assert_exact
+from tests.refusals import refusal
 from tests.zoo import make_batch, make_model
 
 LENGTH = 32

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import restore, transform
-from surgery.comparison import run_simulated, run_whole
-from tests.proof import TOLERANCE, assert_exact, compare, gradients_of, relative_error
-from tests.ranks import RankPool
+from surgery.comparison import TOLERANCE, compare, gradients_of, relative_error, run_simulated, run_whole
+from surgery.ranks import RankPool
+from tests.proof import assert_exact
 from tests.zoo import make_batch, make_model
 
 TOLERANCE_F32 = TOLERANCE[torch.float32]

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from surgery import restore
+from surgery.comparison import SMALLEST_SHARE, gradients_of, relative_error
+from surgery.ranks import RankPool
 from surgery.ulysses import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter, forget
-from tests.proof import SMALLEST_SHARE, assert_exact, gradients_of, relative_error
-from tests.ranks import RankPool
-from tests.test_errors import refusal
+from tests.proof import assert_exact
+from tests.refusals import refusal
 from tests.zoo import make_batch, make_model
 
 register = UlyssesSPAttentionHF.register_with_transformers

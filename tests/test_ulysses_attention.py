@@ -17,11 +17,12 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from surgery import ConfigurationError
 from surgery.axis import run_lengths
+from surgery.comparison import SMALLEST_SHARE, gradients_of, relative_error
+from surgery.ranks import RankPool
 from surgery.ulysses import UlyssesSPAttentionHF
 from tests.counting import CollectiveCounter
-from tests.proof import SMALLEST_SHARE, assert_exact, gradients_of, relative_error
-from tests.ranks import RankPool
-from tests.test_errors import refusal
+from tests.proof import assert_exact
+from tests.refusals import refusal
 from tests.zoo import make_batch, make_model
 
 N, H, P, LENGTH = 8, 16, 4, 32

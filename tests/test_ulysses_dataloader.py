@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from surgery import ConfigurationError
 from surgery.axis import run_lengths
+from surgery.ranks import RankPool
 from surgery.ulysses import UlyssesSPDataLoaderAdapter
-from tests.ranks import RankPool
-from tests.test_errors import refusal
+from tests.refusals import refusal
 
 
 def _sample(index: int) -> dict[str, Any]:

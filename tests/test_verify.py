@@ -18,12 +18,11 @@ from surgery.catalog import Architecture, find_architecture, list_architectures
 from surgery.cli import main
 from surgery.coverage import coverage_page
 from surgery.errors import CaptureError
-from surgery.ranks import RanksLostError
+from surgery.ranks import RankPool, RanksLostError
 from surgery.shrink import shrink
 from surgery.sweep import Row, read_rows, sweep
 from surgery.trial import EXACT, FAILED, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, try_model, unanswered
 from surgery.verify import Verification
-from tests.ranks import RankPool
 
 LLAMA = Architecture("causal-lm", "LlamaForCausalLM", "llama")
 
