@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from surgery import restore, transform
-from surgery.axis import Axis, local_length
-from surgery.collectives import shard
 from surgery.comparison import compare
-from surgery.exchange import exchange_to_heads, exchange_to_sequence
 from surgery.head_plan import HeadPlan
-from surgery.implementations import sdpa
 from surgery.ranks import RankPool
-from surgery.simulation import simulated_ranks
-from tests.counting import CollectiveCounter
+from tests.head_settings import (
+    Setting,
+    check,
+    count_step,
+    draw_settings,
+    with_heads,
+)
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
 
 COUNTS = [(6, 3), (6, 6), (5, 1), (7, 7), (8, 1), (3, 1), (2, 2), (2, 1), (1, 1), (12, 6), (14, 2)]
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
@@ -58,98 +52,7 @@ def test_plan_of_the_docstring() -> None:
     assert not plan.is_even and HeadPlan(8, 2, 4).is_even
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One attention call over `size` ranks."""
-
-    size: int
-    batch_size: int
-    length: int
-    num_kv_heads: int
-    group: int
-    head_size: int
-    value_head_size: int
-    mask: str
-    dtype: torch.dtype
-
-    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        heads = (self.num_kv_heads * self.group, self.num_kv_heads, self.num_kv_heads)
-        sizes = (self.head_size, self.head_size, self.value_head_size)
-        query, key, value = (
-            torch.randn(self.batch_size, n, self.length, h, dtype=self.dtype, generator=generator).requires_grad_()
-            for n, h in zip(heads, sizes, strict=True)
-        )
-        return query, key, value
-
-    def make_mask(self) -> Tensor | None:
-        if self.mask in ("none", "causal"):
-            return None
-        position = torch.arange(self.length)
-        seen = position[:, None] >= position[None, :]
-        if self.mask == "window":
-            return (seen & (position[None, :] > position[:, None] - 3)).expand(self.batch_size, 1, -1, -1)
-        slopes = torch.arange(1, self.num_kv_heads * self.group + 1, dtype=self.dtype)  # one bias for each head
-        bias = slopes[:, None, None] * (position[None, :] - position[:, None]) / 8
-        return torch.where(seen, bias, -torch.inf).expand(self.batch_size, -1, -1, -1)
-
-
-def draw_settings(
-    size: tuple[int, int], length: tuple[int, int], num_kv_heads: tuple[int, int], group: tuple[int, int]
-) -> st.SearchStrategy[Setting]:
-    """Settings of ranks, lengths and heads in these ranges, of any mask and dtype."""
-    return st.builds(
-        Setting,
-        size=st.integers(*size),
-        batch_size=st.integers(1, 3),
-        length=st.integers(*length),
-        num_kv_heads=st.integers(*num_kv_heads),
-        group=st.integers(*group),
-        head_size=st.integers(1, 4),
-        value_head_size=st.integers(1, 4),
-        mask=st.sampled_from(["none", "causal", "window", "biases"]),
-        dtype=st.sampled_from([torch.float32, torch.float64]),
-    )
-
-
 SETTINGS = draw_settings(size=(1, 5), length=(1, 9), num_kv_heads=(1, 6), group=(1, 4))
-
-
-def attend_whole(setting: Setting, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    query, key, value = tokens
-    key, value = (x.repeat_interleave(setting.group, dim=1) for x in (key, value))
-    is_causal = setting.mask == "causal"
-    return F.scaled_dot_product_attention(query, key, value, setting.make_mask(), is_causal=is_causal)
-
-
-def attend_on_ranks(setting: Setting, tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    def attend(axis: Axis) -> Tensor:
-        query, key, value = (shard(x, 2, 1, 1, axis) for x in tokens)
-        heads = exchange_to_heads(query, key, value, setting.length, axis)
-        output = sdpa(*heads, setting.make_mask(), 0.0, None, is_causal=setting.mask == "causal", axis=axis)
-        found = exchange_to_sequence(output, query.shape[1], axis)
-        assert found.shape[2] == local_length(setting.length, axis)
-        return found
-
-    with simulated_ranks(setting.size) as run:
-        return torch.cat(run(attend), dim=2)
-
-
-Attend = Callable[[Setting, tuple[Tensor, Tensor, Tensor]], Tensor]
-
-
-def check(setting: Setting, attend: Attend = attend_on_ranks) -> None:
-    """Output and gradients on ranks are those of the whole call."""
-    tokens = setting.tokens()
-    expected, found = attend_whole(setting, tokens), attend(setting, tokens)
-    tolerance = TOLERANCE[setting.dtype]
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    weights = torch.randn(expected.shape, dtype=setting.dtype, generator=torch.Generator().manual_seed(1))
-    pairs = zip(
-        torch.autograd.grad(found, tokens, weights), torch.autograd.grad(expected, tokens, weights), strict=True
-    )
-    for one, other in pairs:
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @given(SETTINGS)
@@ -163,11 +66,6 @@ def test_exchange_and_attention(setting: Setting) -> None:
 @settings(max_examples=10_000, deadline=None)
 def test_exchange_and_attention_at_length(setting: Setting) -> None:
     check(setting)
-
-
-def with_heads(num_heads: int, num_kv_heads: int) -> dict[str, Any]:
-    sizes = {"hidden_size": num_heads * 8, "head_dim": 8}
-    return {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, **sizes}
 
 
 @pytest.mark.parametrize(
@@ -214,18 +112,6 @@ def _prove_compiled(num_heads: int) -> dict[str, float]:
 
 def test_compiled_with_more_ranks_than_heads(ranks: RankPool) -> None:
     assert_exact(ranks.run(_prove_compiled, 3))
-
-
-def count_step(num_heads: int, num_kv_heads: int) -> tuple[dict[str, int], list[list[int]]]:
-    """Collectives of a step, and the bytes that each all-to-all is given, forward and backward."""
-    model = transform(make_model("llama", num_hidden_layers=1, **with_heads(num_heads, num_kv_heads)), 4)
-    batch = make_batch(2, 32)
-    with CollectiveCounter() as forward:
-        loss = model(**batch, num_items_in_batch=7).loss
-    with CollectiveCounter() as backward:
-        loss.backward()
-    restore(model)
-    return dict(forward.calls), [counter.sizes_bytes["all_to_all_single"] for counter in (forward, backward)]
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 3), (5, 1), (6, 2), (5, 5)])

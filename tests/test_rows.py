@@ -31,11 +31,11 @@ from surgery.row_exchange import exchange_from_rows, exchange_to_rows
 from surgery.row_plan import RowPlan
 from surgery.row_sharing import EAGER, MODELS, is_row_wise
 from surgery.simulation import simulated_ranks
+from tests.backends import assert_flash, prove_flash, prove_own, register_own
+from tests.batches import packed, padded
+from tests.head_settings import Setting, check, count_step, draw_settings, with_heads
 from tests.proof import assert_exact, prove
-from tests.test_backends import assert_flash, prove_flash, prove_own, register_own
-from tests.test_heads import Setting, check, count_step, draw_settings, with_heads
-from tests.test_masks_proof import packed, padded
-from tests.test_sequences import prove_head, translated
+from tests.sequences import prove_head, translated
 from tests.zoo import make_batch, make_model
 
 FEW_HEADS = [(num_heads, size) for size in range(2, 9) for num_heads in range(1, size)]
