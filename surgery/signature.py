@@ -192,6 +192,8 @@ def describe_tensor(name: str, tensor: Tensor, batch_size: int, lengths: Mapping
         dims[batch_dim] = "b" if tensor.shape[batch_dim] == batch_size and batch_size > 1 else dims[batch_dim]
     if tensor.is_floating_point() and name.endswith("inputs_embeds"):
         dims[2] = int(tensor.shape[2])
+    if tensor.ndim == 4:  # a mask [B, N, S, S] of as many heads as tokens
+        dims[1] = int(tensor.shape[1])
     return TensorInput(name, tensor.dtype, tensor.device, tuple(dims))
 
 

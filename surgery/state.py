@@ -64,9 +64,10 @@ def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
             found.append((name, repr(value)))
         elif isinstance(value, PreTrainedConfig) and isinstance(owner, PreTrainedConfig):
             found += _settings(value)
-        elif isinstance(value, FunctionType | MethodType | partial) and not is_engine_function(value):
+        elif isinstance(value, FunctionType | MethodType | partial):
             function = getattr(value, "replaced", value)  # by what the transform itself put there
-            if name not in skipped and function is not None:
+            is_engine = is_engine_function(getattr(value, "func", value))
+            if not (name in skipped or is_engine or function is None):
                 found.append((name, *_function(function)))
     return found
 

@@ -51,12 +51,13 @@ def test_explicit_mask(pair: RankPool) -> None:
     assert_exact(pair.run(prove, "llama", 2, batch=batch))
 
 
-def test_a_mask_for_each_head(ranks: RankPool) -> None:
-    """Every head forgets at a pace of its own, as under ALiBi."""
-    distance = torch.arange(32)[:, None] - torch.arange(32)[None]
+@pytest.mark.parametrize("length", [32, 8])
+def test_a_mask_for_each_head(ranks: RankPool, length: int) -> None:
+    """Every head forgets at a pace of its own, as under ALiBi; also of as many tokens as heads."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
     slopes = torch.arange(1, 9).view(1, 8, 1, 1) / 16
     bias = torch.where(distance >= 0, -slopes * distance, torch.finfo(torch.float32).min)
-    batch = {**make_batch(2, 32), "attention_mask": bias.expand(2, -1, -1, -1).contiguous()}
+    batch = {**make_batch(2, length), "attention_mask": bias.expand(2, -1, -1, -1).contiguous()}
     assert_exact(ranks.run(prove, "llama", 4, batch=batch))
 
 
