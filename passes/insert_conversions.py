@@ -6,7 +6,8 @@
     view(x, [B, S, -1, H])    view(x, [B, local_length(S), N, H])
 
 Each value is converted once per placement, right where it is made. A size of -1 beside a local one is written out: a
-rank may hold no tokens, and then it could be anything.
+rank may hold no tokens, and then it could be anything. Code that is not torch's own, custom operators and opaque
+modules, may read memory as it lies: what is contiguous in the whole model is made so for it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from surgery.metadata import KEY, Context, NodeFacts, facts_of
 from surgery.pipeline import PassResult
 from surgery.placement import REPLICATED, Partial, Placement, Replicated, Sharded
 from surgery.rules.call import Step, bind_arguments, tensor_nodes
-from surgery.rules.table import operation_name
+from surgery.rules.table import is_call, operation_name
 from surgery.rules.views import SIZES
-from surgery.shapes import length_of, quotient, shape_of, to_expr
+from surgery.shapes import is_contiguous, length_of, quotient, shape_of, to_expr
 from surgery.sizes import Size, size_node, times
+
+CONTIGUOUS = torch.ops.aten.contiguous.default
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ class InsertConversions:
 
 @dataclass
 class _Editor:
-    """The edits of one run, which remembers each conversion by value and placement, and each local size."""
+    """The edits of one run, which remembers each conversion by value and placement, each copy, and each local size."""
 
     graph: fx.Graph
     context: Context
     converted: dict[tuple[fx.Node, Placement], fx.Node] = field(default_factory=dict)
+    contiguous: dict[fx.Node, fx.Node] = field(default_factory=dict)
     local_sizes: dict[sympy.Expr, fx.Node] = field(default_factory=dict)
     num_local_sizes: int = 0
 
@@ -61,7 +65,10 @@ class _Editor:
         assert step is not None
         self._localize_sizes(node, step)
         for source, placement in zip(tensor_nodes(node), step.operands, strict=True):
-            node.replace_input_with(source, self._convert(source, placement))
+            operand = self._convert(source, placement)
+            if knows_layout(node) and is_contiguous(source.meta["val"]):
+                operand = self._laid_out(operand)
+            node.replace_input_with(source, operand)
         if step.replacement is not None:
             with self.graph.inserting_before(node):
                 self._replace(node, step)
@@ -85,6 +92,13 @@ class _Editor:
             with self.graph.inserting_before(self._anchor(source).next):
                 self.converted[key] = self._conversion(source, placement)
         return self.converted[key]
+
+    def _laid_out(self, operand: fx.Node) -> fx.Node:
+        if operand not in self.contiguous:
+            with self.graph.inserting_before(operand.next):
+                self.contiguous[operand] = self.graph.call_function(CONTIGUOUS, (operand,))
+            self.contiguous[operand].meta = dict(operand.meta)
+        return self.contiguous[operand]
 
     def _anchor(self, source: fx.Node) -> fx.Node:
         """The node behind which a conversion of `source` stands: `source`, or the last of the sizes for an input."""
@@ -164,6 +178,12 @@ class _Editor:
         node.kwargs = {**bind_arguments(node), **dict(step.whole), **numbers}
         node.args = ()
         node.target = step.replacement  # type: ignore[assignment]
+
+
+def knows_layout(node: fx.Node) -> bool:
+    """Whether `node` may read its operands by their strides, as code does that is not torch's or ours."""
+    is_operator = isinstance(node.target, torch._ops.OpOverload)
+    return is_call(node, "surgery::opaque") or (is_operator and node.target.namespace not in ("aten", "surgery"))  # type: ignore[union-attr]
 
 
 def _set_argument(node: fx.Node, name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
@@ -29,7 +30,7 @@ from surgery.errors import CaptureError, UnsupportedOperationError
 from surgery.exporting import export_model
 from surgery.fallbacks import Fallbacks
 from surgery.host_randomness import refused_host_randomness
-from surgery.metadata import Skip
+from surgery.metadata import Skip, where
 from surgery.opaque import InputSizes, OpaqueCall, OpaqueModules
 from surgery.private import export_patches, functionalized, refused_specialization, told_eager
 from surgery.recorded import RecordedCall, RecordedMask, Recording
@@ -46,6 +47,8 @@ from surgery.trace_settings import (
 )
 
 _captures = itertools.count()
+
+INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # by passes/inline_regions.py
 
 
 @dataclass
@@ -125,6 +128,7 @@ def _trace(
                 "Expected a forward without data-dependent control flow, dynamic in batch and sequence length. "
                 "Run the model's code through torch.export.export(strict=False) to see where it stops."
             ) from error
+    _refuse_subgraphs(program)
     captured = _to_capture(program, signature)
     captured.assumptions += _bounds(captured.batch, ranges["b"]) if captured.batch is not None else []
     for letter, length in zip(signature.letters, captured.lengths, strict=True):
@@ -226,6 +230,18 @@ def _replace_by_attribute(graph: fx.Graph, node: fx.Node, target: str) -> None:
     attribute.meta = dict(node.meta)
     node.replace_all_uses_with(attribute)
     graph.erase_node(node)
+
+
+def _refuse_subgraphs(program: ExportedProgram) -> None:
+    """Refuse operators over graphs of their own, which no rule follows, but for the blocks that are inlined later."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) not in INLINED:
+            raise CaptureError(
+                f"{where(node)} is an operator over graphs of its own, such as torch.cond, scan and what stands for a "
+                "custom op that writes to its inputs. Expected plain operations. Write it without, as a module of "
+                "its own, which is then called whole."
+            )
 
 
 def _refuse_mutations(program: ExportedProgram) -> None:

@@ -1,13 +1,15 @@
-"""`torch.autograd.Function`s of a model's own: a trace keeps their forward and loses their backward.
+"""Backwards of a model's own: a trace keeps the forward of a `torch.autograd.Function` and loses its backward.
 
     backward is the derivative of forward     GeLUFunction of bloom       traced: autograd gives the same gradient
     backward is something else                a straight-through round    refused: the gradient would change
+    x.register_hook(lambda g: g / 2)          a hook on a tensor          refused: the trace's tensor is not a run's
 
 Which of the two it is cannot be read off a class, so it is tried: both gradients, on random float64 inputs.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,11 +26,13 @@ from surgery.errors import CaptureError
 TOLERANCE = 1e-6  # bloom writes its constants with 8 digits
 SCALES = (1.0, 30.0)  # of inputs and cotangents: a backward that clips shows at one of them
 
+ENGINES = "torch.distributed."  # FSDP's hooks are about its shards, which a trace does without
+
 
 @contextmanager
 def refuse_custom_backward() -> Iterator[None]:
-    """While a model is traced, refuse functions whose backward is not the derivative of their forward."""
-    original = Function.apply
+    """While a model is traced, refuse functions whose backward is not the derivative of their forward, and hooks."""
+    original, register_hook = Function.apply, Tensor.register_hook
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         call = original.__func__  # type: ignore[attr-defined]
@@ -40,7 +44,18 @@ def refuse_custom_backward() -> Iterator[None]:
             )
         return call(cls, *args, **kwargs)
 
-    with mock.patch.object(Function, "apply", classmethod(apply)):
+    def refuse_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+        if sys._getframe(1).f_globals["__name__"].startswith(ENGINES):
+            return register_hook(tensor, hook)
+        raise CaptureError(
+            "the forward puts a hook on a tensor's gradient, and a captured graph would lose it. Expected operations "
+            "that torch differentiates. Scale or clip the gradients of the parameters instead, after the backward."
+        )
+
+    with (
+        mock.patch.object(Function, "apply", classmethod(apply)),
+        mock.patch.object(Tensor, "register_hook", refuse_hook),
+    ):
         yield
 
 

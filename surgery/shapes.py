@@ -24,6 +24,15 @@ def shape_of(value: torch.Tensor) -> Shape:
     return tuple(to_expr(size) for size in value.shape)
 
 
+def is_contiguous(value: torch.Tensor) -> bool:
+    """Whether a (fake) tensor lies row by row, whatever its symbolic sizes are."""
+    shape = shape_of(value)
+    return all(
+        size == ONE or sympy.expand(to_expr(stride) - product(shape[dim + 1 :])) == 0
+        for dim, (size, stride) in enumerate(zip(shape, value.stride(), strict=True))
+    )
+
+
 def counts_in(size: sympy.Expr) -> set[sympy.Symbol]:
     """The symbols in a size that are read from data, as the number of nonzero entries is."""
     return {symbol for symbol in size.free_symbols if symbol_is_type(symbol, SymT.UNBACKED_INT)}

@@ -105,6 +105,26 @@ class Clipped(Loop):
         return output
 
 
+class Hooked(Loop):
+    """Takes the mean over the tokens out of a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x * self.decay
+        if scaled.requires_grad:
+            scaled.register_hook(lambda gradient: gradient - gradient.mean(1, keepdim=True))
+        output: Tensor = self.inner(scaled)
+        return output
+
+
+class ClippedByHook(Loop):
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x * self.decay
+        if scaled.requires_grad:
+            scaled.register_hook(lambda gradient: gradient.clamp(-1, 1))
+        output: Tensor = self.inner(scaled)
+        return output
+
+
 class Remembering(Loop):
     """Starts from where the last call ended."""
 
@@ -128,6 +148,13 @@ class Overwriting(Loop):
         output = super().forward(x)
         x.zero_()
         return output
+
+
+class Viewing(Loop):
+    """Asks for a view, and thus for tokens that lie in memory as the whole model's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(-1, WIDTH).view_as(x))
 
 
 class Halving(Loop):
@@ -162,9 +189,10 @@ class Leaving(nn.Module):
         return output
 
 
-EXACT: tuple[type[nn.Module], ...] = (Loop, Branching, AroundPair, StraightThrough, Overwriting)
+EXACT: tuple[type[nn.Module], ...] = (Loop, Branching, AroundPair, StraightThrough, Overwriting, Viewing, Hooked)
 REFUSED: dict[type[nn.Module], str] = {
     Clipped: "not linear",
+    ClippedByHook: "not linear",
     Remembering: "keeps state from call to call",
 }
 
