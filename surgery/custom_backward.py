@@ -46,7 +46,7 @@ def refuse_custom_backward() -> Iterator[None]:
 
     def refuse_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
         if sys._getframe(1).f_globals["__name__"].startswith(ENGINES):
-            return register_hook(tensor, hook)
+            return register_hook(tensor, hook)  # type: ignore[no-untyped-call]
         raise CaptureError(
             "the forward puts a hook on a tensor's gradient, and a captured graph would lose it. Expected operations "
             "that torch differentiates. Scale or clip the gradients of the parameters instead, after the backward."
