@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.branches import Sides, describe_branches
 from surgery.culprits import find_place, trace_around
-from surgery.custom_backward import refuse_custom_backward
+from surgery.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
 from surgery.errors import CaptureError, UnsupportedOperationError
 from surgery.exporting import export_model
 from surgery.fallbacks import Fallbacks
@@ -129,6 +129,7 @@ def _trace(
                 "Run the model's code through torch.export.export(strict=False) to see where it stops."
             ) from error
     _refuse_subgraphs(program)
+    refuse_nonlinear_operators(program.graph)
     captured = _to_capture(program, signature)
     captured.assumptions += _bounds(captured.batch, ranges["b"]) if captured.batch is not None else []
     for letter, length in zip(signature.letters, captured.lengths, strict=True):

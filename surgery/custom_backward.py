@@ -3,8 +3,10 @@
     backward is the derivative of forward     GeLUFunction of bloom       traced: autograd gives the same gradient
     backward is something else                a straight-through round    refused: the gradient would change
     x.register_hook(lambda g: g / 2)          a hook on a tensor          refused: the trace's tensor is not a run's
+    a custom op with register_autograd        linear in the cotangent     traced: ranks' gradients add up
+    one that normalizes or clips the gradient                             refused: they would not
 
-Which of the two it is cannot be read off a class, so it is tried: both gradients, on random float64 inputs.
+What a backward is cannot be read off a class or an operator, so it is tried on random inputs.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+from torch.utils import _pytree as pytree
 
-from surgery.errors import CaptureError
+from surgery.errors import CaptureError, UnsupportedOperationError
+from surgery.linearity import is_backward_linear
+from surgery.metadata import where
 
 TOLERANCE = 1e-6  # bloom writes its constants with 8 digits
+KNOWN_NAMESPACES = frozenset({"aten", "prims", "surgery", "transformers"})
 SCALES = (1.0, 30.0)  # of inputs and cotangents: a backward that clips shows at one of them
 
 ENGINES = "torch.distributed."  # FSDP's hooks are about its shards, which a trace does without
@@ -40,7 +46,7 @@ def refuse_custom_backward() -> Iterator[None]:
             raise CaptureError(
                 f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function whose backward is not the "
                 "derivative of its forward, and a captured graph would lose it. Expected operations that torch "
-                "differentiates. Write it as a custom op."
+                "differentiates. Write it as a custom op, if its backward is linear in the gradient."
             )
         return call(cls, *args, **kwargs)
 
@@ -57,6 +63,43 @@ def refuse_custom_backward() -> Iterator[None]:
         mock.patch.object(Tensor, "register_hook", refuse_hook),
     ):
         yield
+
+
+def refuse_nonlinear_operators(graph: fx.Graph) -> None:
+    """Refuse operators from outside of torch whose gradients for addends of a cotangent do not add up."""
+    for node in graph.nodes:
+        is_operator = isinstance(node.target, torch._ops.OpOverload)
+        if is_operator and node.target.namespace not in KNOWN_NAMESPACES and not _is_linear(node):
+            raise UnsupportedOperationError(
+                f"{where(node)} has a backward that is not linear in the gradient, or could not be tried: every rank "
+                "computes an addend of it, and these are to add up. Expected one that is. Scale or clip the gradients "
+                "of the parameters instead, after the backward."
+            )
+
+
+def _is_linear(node: fx.Node) -> bool:
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_try_operator, node).result()
+
+
+def _try_operator(node: fx.Node) -> bool:
+    operator: Any = node.target
+
+    def example(source: fx.Node) -> Any:
+        value = source.meta["val"]
+        made = _example(value, 1.0)
+        is_floating = _is_floating(made)
+        return made.to(value.dtype).to(value.device).requires_grad_() if is_floating else made
+
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)  # the ranks must come to one answer
+            args, kwargs = fx.map_arg((node.args, node.kwargs), example)
+            sources = [x for x in pytree.tree_leaves((args, kwargs)) if _is_floating(x)]
+            outputs = [x for x in pytree.tree_leaves(operator(*args, **kwargs)) if _is_floating(x)]
+            return is_backward_linear([x for x in outputs if x.requires_grad], sources)
+    except Exception:
+        return False
 
 
 def is_derivative(cls: type[Function], args: tuple[Any, ...], call: Callable[..., Any]) -> bool:

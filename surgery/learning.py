@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.errors import CaptureError
 from surgery.host_randomness import refused_host_randomness
+from surgery.linearity import is_backward_linear, is_within
 from surgery.opaque import CONSTANTS, Arguments, Number, Results, TensorSpec
 from surgery.private import FakeTensorMode
 from surgery.randomness import draws
@@ -32,7 +33,6 @@ from surgery.shapes import Shape
 
 Sizes = dict[sympy.Symbol, int]
 FIRST, SECOND, APART = 12, 20, 2  # long enough for a convolution's kernel; no two symbols have the same size
-SCALES = (2.0**-13, 2.0**13)  # of cotangents, where linearity is tried
 
 
 class Run(NamedTuple):
@@ -125,21 +125,7 @@ def _check_backward(path: str, module: nn.Module, arguments: Arguments, sizes: S
     with torch.random.fork_rng({x.device for x in sources if x.device.type == "cuda"}), torch.enable_grad():
         torch.manual_seed(0)
         outputs = [x for x in pytree.tree_leaves(twin(*args, **kwargs)) if isinstance(x, Tensor) and x.requires_grad]
-        if not outputs:
-            return
-        first, second = ([torch.randn_like(x) for x in outputs] for _ in range(2))
-
-    def pull(*scales: float) -> list[Tensor]:
-        cotangents = [scales[0] * u + scales[1] * v for u, v in zip(first, second, strict=True)]
-        found = torch.autograd.grad(outputs, sources, cotangents, retain_graph=True, allow_unused=True)
-        return [
-            torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(sources, found, strict=True)
-        ]
-
-    one, other = pull(1.0, 0.0), pull(0.0, 1.0)
-    for scale in SCALES:
-        expected = [scale * (u + v) for u, v in zip(one, other, strict=True)]
-        if not _are_same(expected, pull(scale, scale)):
+        if not is_backward_linear(outputs, sources):
             raise CaptureError(f"{path} has a backward that is not linear. Expected gradients that add up over ranks.")
 
 
@@ -149,29 +135,7 @@ def _is_repeated(first: Any, second: Any) -> bool:
         return bool(first == second)
     if not first.is_floating_point():
         return torch.equal(first, second)
-    return _is_within(first, second, 8 * torch.finfo(first.dtype).eps)
-
-
-def _are_same(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Whether two lists of gradients agree, whose sums were taken at other scales.
-
-    One that is zero but for rounding, as a key bias's under softmax is, is judged by the largest of the list.
-    """
-    noise = max(_largest(x) * torch.finfo(x.dtype).eps for x in first) * 8
-    return all(
-        _is_within(x, y, max(0.01, 8 * torch.finfo(x.dtype).eps ** 0.75), noise)
-        for x, y in zip(first, second, strict=True)
-    )
-
-
-def _is_within(first: Tensor, second: Tensor, tolerance: float, noise: float = 0.0) -> bool:
-    """Whether two tensors differ by at most `noise`, or `tolerance` times the largest entry."""
-    atol = max(tolerance * _largest(first), noise)
-    return torch.allclose(first, second, rtol=0.0, atol=atol, equal_nan=True)
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.detach().abs().nan_to_num().max()) if x.numel() else 0.0
+    return is_within(first, second, 8 * torch.finfo(first.dtype).eps)
 
 
 def _is_without_memory(module: nn.Module) -> bool:

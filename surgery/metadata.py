@@ -170,7 +170,7 @@ def module_class(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """`file.py:123` of the model code that made `node`, or "" if unknown."""
     lines = (node.meta.get("stack_trace") or "").splitlines()
-    frames = [line for line in lines if line.startswith("  File") and RECORDER not in line]
+    frames = [line for line in lines if line.startswith('  File "') and RECORDER not in line and 'File "<' not in line]
     if not frames:
         return ""
     path, line = frames[-1].split('"')[1], frames[-1].split(",")[1].strip().removeprefix("line ")

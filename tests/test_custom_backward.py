@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.models.bloom.modeling_bloom import GeLUFunction
 
+from surgery import UnsupportedOperationError, transform
+from surgery.comparison import run_simulated, run_whole
 from surgery.custom_backward import is_derivative
+from tests.proof import assert_exact
+from tests.zoo import make_batch, make_model
 
 
 class Square(Function):
@@ -59,3 +64,46 @@ def test_a_derivative_is_recognised(cls: type[Function]) -> None:
 @pytest.mark.parametrize("cls", [StraightThrough, Clipped])
 def test_anything_else_is_not(cls: type[Function]) -> None:
     assert not is_derivative(cls, (torch.ones(2, 5),), Function.apply.__func__)  # type: ignore[attr-defined]
+
+
+@torch.library.custom_op("planted::normalized_gradient", mutates_args=())
+def normalized_gradient(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@torch.library.custom_op("planted::halved_gradient", mutates_args=())
+def halved_gradient(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+for operator, backward in (
+    (normalized_gradient, lambda context, g: g / (g.norm() + 1e-9)),
+    (halved_gradient, lambda context, g: g / 2),
+):
+    operator.register_fake(torch.empty_like)
+    operator.register_autograd(backward)
+
+
+class Calling(nn.Module):
+    def __init__(self, inner: nn.Module, name: str) -> None:
+        super().__init__()
+        self.inner, self.name = inner, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.inner(x + getattr(torch.ops.planted, self.name)(x)))
+
+
+def make_calling(name: str) -> Any:
+    model = make_model("llama", num_hidden_layers=1)
+    model.model.layers[0].mlp = Calling(model.model.layers[0].mlp, name)
+    return model
+
+
+def test_an_operator_with_a_linear_backward_is_exact() -> None:
+    model, batch = make_calling("halved_gradient"), make_batch(2, 13)
+    assert_exact([run_simulated(transform(copy.deepcopy(model), 3), run_whole(model, batch), batch)])
+
+
+def test_one_with_another_backward_is_refused() -> None:
+    with pytest.raises(UnsupportedOperationError, match=r"normalized_gradient.* at model.layers.0.mlp .*not linear"):
+        transform(make_calling("normalized_gradient"), 2)
