@@ -8,15 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from surgery.metadata import Context
-from surgery.opaque import make_runner
+from surgery.opaque import OPAQUE, make_runner
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments
-
-OPAQUE = torch.ops.surgery.opaque.default
 
 
 @dataclass(frozen=True)

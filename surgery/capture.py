@@ -48,7 +48,7 @@ from surgery.trace_settings import (
 
 _captures = itertools.count()
 
-INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # by passes/inline_regions.py
+INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # by passes/inline_blocks.py
 
 
 @dataclass

@@ -64,6 +64,9 @@ def split_sizes(sizes: Sequence[int], ndims: Sequence[int]) -> list[list[int]]:
     return [[next(remaining) for _ in range(ndim)] for ndim in ndims]
 
 
+OPAQUE = torch.ops.surgery.opaque.default
+
+
 @dataclass
 class InputSizes:
     """The traced sizes of a model's inputs.

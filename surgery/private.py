@@ -1,4 +1,4 @@
-"""Every use of something torch or transformers do not call public, so that a change there is felt in one place.
+"""Most of what torch and transformers do not call public, so that a change there is felt in one place.
 
 `tests/test_private.py` fails when one of these moves. `torch.distributed._functional_collectives` is underscored, but
 it is what torch documents for traceable collectives; transformers' exporter patches are what its own exporters are

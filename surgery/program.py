@@ -26,7 +26,12 @@ from surgery.signature import Signature
 
 @dataclass(frozen=True)
 class Program:
-    """One captured and rewritten call signature."""
+    """One captured and rewritten call signature.
+
+    `context`: what the passes found. `output_spec`: the model's output class, flattened. `code`, `function`: the graph
+    as Python, and compiled. `cuts`: the modules that are called inside it. `sides`: those that it takes of the model's
+    branches on data.
+    """
 
     signature: Signature
     graph: fx.Graph

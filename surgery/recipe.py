@@ -5,7 +5,7 @@ from __future__ import annotations
 from passes.call_opaque_modules import CallOpaqueModules
 from passes.canonicalize_sizes import CanonicalizeSizes
 from passes.extract_assumptions import ExtractAssumptions
-from passes.inline_regions import InlineRegions
+from passes.inline_blocks import InlineBlocks
 from passes.insert_all_to_all import InsertAllToAll
 from passes.insert_conversions import InsertConversions
 from passes.locate_attention import LocateAttention
@@ -20,7 +20,7 @@ from passes.specialize_length import SpecializeLength
 from surgery.pipeline import Pass
 
 SEQUENCE_PARALLEL: tuple[Pass, ...] = (
-    InlineRegions(),
+    InlineBlocks(),
     ExtractAssumptions(),
     RelaxViews(),
     RemoveNoOps(),

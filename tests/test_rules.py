@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from passes.canonicalize_sizes import CanonicalizeSizes
 from passes.extract_assumptions import ExtractAssumptions
-from passes.inline_regions import InlineRegions
+from passes.inline_blocks import InlineBlocks
 from passes.insert_conversions import InsertConversions
 from passes.locate_attention import LocateAttention
 from passes.propagate_placements import PropagatePlacements
@@ -34,7 +34,7 @@ SETTINGS = ((2, 8), (4, 8), (4, 7), (4, 3))
 TOLERANCE = 1e-12
 TESTED_ELSEWHERE = {"surgery::attention"}
 PLACE = (
-    InlineRegions(),
+    InlineBlocks(),
     ExtractAssumptions(),
     RelaxViews(),
     CanonicalizeSizes(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,19 @@ class Call:
     def sharded(self) -> tuple[Operand, ...]:
         return tuple(operand for operand in self.operands if operand.is_sharded)
 
+    @property
+    def source(self) -> Sharded | None:
+        """How the first operand is sharded; None where it is whole."""
+        placement = self.operands[0].placement
+        return placement if isinstance(placement, Sharded) else None
+
+    @property
+    def lead(self) -> tuple[Operand, Sharded]:
+        """The first operand that is sharded, and how."""
+        operand = self.sharded[0]
+        assert isinstance(operand.placement, Sharded)
+        return operand, operand.placement
+
     def operand(self, name: str) -> Operand | None:
         """The operand bound to the argument called `name`, if a tensor was passed there."""
         node = self.arguments.get(name)
@@ -58,6 +71,10 @@ class Call:
         """The argument called `name` as a non-negative dimension of the first operand."""
         ndim = len(self.operands[0].shape) if ndim is None else ndim
         return int(self.arguments[name]) % max(ndim, 1)
+
+    def step(self, required: Mapping[fx.Node, Placement], *results: Placement) -> Step:
+        """The step whose operands must be as `required` of their nodes."""
+        return Step(tuple(required[operand.node] for operand in self.operands), results)
 
     def with_placements(self, placements: tuple[Placement, ...]) -> Call:
         operands = tuple(replace(o, placement=p) for o, p in zip(self.operands, placements, strict=True))

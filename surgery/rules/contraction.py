@@ -46,7 +46,7 @@ def contract(call: Call, factors: list[Factor], result: str, added: Operand | No
     target = lead.operand.placement.moved_to(result.index(label))
     if added is not None:
         required[added.node] = align(added, target, len(result))
-    return Step(tuple(required[operand.node] for operand in call.operands), (target,))
+    return call.step(required, target)
 
 
 def labels(count: int, *, skip: int = 0) -> str:
@@ -71,6 +71,7 @@ def _batched(names: str, operand: Operand) -> str:
 
 @rule("aten::linear", family="contraction")
 def linear(call: Call) -> Step | None:
+    """`[B, S/P, i], weight [o, i], bias [o] -> [B, S/P, o]`; the weight's gradient is an addend, as all are."""
     source, weight = call.operand("input"), call.operand("weight")
     if source is None or weight is None or len(weight.shape) != 2:
         return None
@@ -80,6 +81,7 @@ def linear(call: Call) -> Step | None:
 
 @rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", family="contraction")
 def matmul(call: Call) -> Step | None:
+    """`[B, N, S/P, H] @ [B, N, H, S] -> [B, N, S/P, S]`, and all else of rows, columns and batches."""
     if len(call.operands) != 2:
         return None
     left, right = call.operands
@@ -89,6 +91,7 @@ def matmul(call: Call) -> Step | None:
 
 @rule("aten::addmm", "aten::baddbmm", family="contraction")
 def addmm(call: Call) -> Step | None:
+    """`added [o] + [B*S/P, i] @ [i, o] -> [B*S/P, o]`: what is added is broadcast."""
     if len(call.operands) != 3:
         return None
     added, left, right = call.operands
@@ -98,6 +101,7 @@ def addmm(call: Call) -> Step | None:
 
 @rule("aten::einsum", family="contraction")
 def einsum(call: Call) -> Step | None:
+    """`"bsi,oi->bso"`, as it is written; without diagonals and dots."""
     equation = str(call.arguments["equation"]).replace(" ", "")
     if "->" not in equation or "." in equation:
         return None

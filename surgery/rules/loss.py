@@ -9,11 +9,12 @@ ignored contributes zero instead of 0/0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgery.placement import PARTIAL, REPLICATED, Placement, Replicated, Sharded
 from surgery.rules.call import Call, Step
@@ -24,6 +25,7 @@ REDUCTION_NONE, REDUCTION_MEAN = 0, 1
 
 @rule("aten::cross_entropy_loss", "aten::nll_loss", "aten::nll_loss_nd", family="loss")
 def cross_entropy(call: Call) -> Step | None:
+    """`logits [B*S/P, V], labels [B*S/P]` -> an addend; `[B, V, S/P]` too, with labels `[B, S/P]`."""
     logits, target, weight = (call.operand(name) for name in ("self", "target", "weight"))
     if logits is None or target is None or len(target.shape) != len(logits.shape) - 1:
         return None
@@ -31,16 +33,15 @@ def cross_entropy(call: Call) -> Step | None:
     if not isinstance(logits.placement, Sharded) or logits.placement.dim == class_dim:
         return None
     labels = logits.placement.moved_to(max(logits.placement.dim - 1, 0))
-    required: dict[object, Placement] = {logits.node: logits.placement, target.node: labels}
+    required: dict[fx.Node, Placement] = {logits.node: logits.placement, target.node: labels}
     if weight is not None:
         required[weight.node] = REPLICATED
-    operands = tuple(required[operand.node] for operand in call.operands)
     if call.arguments["reduction"] == REDUCTION_NONE:
-        return Step(operands, (labels,))
+        return call.step(required, labels)
     if not isinstance(target.placement, Replicated):
         return None
     replacement = REPLACEMENTS[call.node.target._schema.name]  # type: ignore[union-attr]
-    return Step(operands, (PARTIAL,), replacement=replacement, whole=(("whole_target", target.node),))
+    return replace(call.step(required, PARTIAL), replacement=replacement, whole=(("whole_target", target.node),))
 
 
 def sharded_cross_entropy(

@@ -58,10 +58,9 @@ def _fits(operand: Operand, size: Expr, result_dim: int, result_ndim: int) -> bo
 
 @rule("pointwise", *UNTAGGED, family="pointwise")
 def pointwise(call: Call) -> Step | None:
-    lead = call.sharded[0]
-    assert isinstance(lead.placement, Sharded)
+    operand, lead = call.lead
     ndim = len(call.shape)
-    result = lead.placement.moved_to(lead.placement.dim + ndim - len(lead.shape))
+    result = lead.moved_to(lead.dim + ndim - len(operand.shape))
     if not all(_fits(operand, call.shape[result.dim], result.dim, ndim) for operand in call.operands):
         return None
     operands = tuple(align(operand, result, ndim) for operand in call.operands)
@@ -71,8 +70,8 @@ def pointwise(call: Call) -> Step | None:
 @rule("aten::prelu", family="pointwise")
 def prelu(call: Call) -> Step | None:
     """Its weight has one number, or one for each entry of dim 1, whatever that is aligned with."""
-    result, weight = call.operands[0].placement, call.operands[1]
-    if not isinstance(result, Sharded):
+    weight = call.operands[1]
+    if call.source is None:
         return None
-    is_sequence = result.dim == CHANNEL_DIM and weight.shape != (ONE,)
-    return Step((result, result.moved_to(0) if is_sequence else REPLICATED), (result,))
+    is_of_tokens = call.source.dim == CHANNEL_DIM and weight.shape != (ONE,)
+    return Step((call.source, call.source.moved_to(0) if is_of_tokens else REPLICATED), (call.source,))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.placement import PARTIAL, Sharded
+from surgery.placement import PARTIAL
 from surgery.rules.call import Call, Step
 from surgery.rules.pointwise import pointwise
 from surgery.rules.table import rule
@@ -53,40 +53,39 @@ def reduced_dims(call: Call) -> tuple[int, ...]:
 
 def kept(call: Call, dims: tuple[int, ...]) -> Step:
     """The step of a reduction that leaves the sharded dimension alone."""
-    placement = call.operands[0].placement
-    assert isinstance(placement, Sharded)
-    removed = 0 if call.arguments.get("keepdim") else sum(dim < placement.dim for dim in dims)
-    return Step((placement,), (placement.moved_to(placement.dim - removed),) * len(call.results))
+    _, source = call.lead
+    removed = 0 if call.arguments.get("keepdim") else sum(dim < source.dim for dim in dims)
+    return Step((source,), (source.moved_to(source.dim - removed),) * len(call.results))
 
 
 @rule(*REDUCTIONS, family="reduction")
 def reduce(call: Call) -> Step | None:
+    """`[B, S/P, H] -> [B, S/P]` over H; over S nothing of theirs adds up."""
     if "other" in call.arguments:
         return pointwise(call)
     dims = reduced_dims(call)
-    placement = call.operands[0].placement
-    if len(call.operands) > 1 or not isinstance(placement, Sharded) or placement.dim in dims:
+    if call.source is None or len(call.operands) > 1 or call.source.dim in dims:
         return None
     return kept(call, dims)
 
 
 @rule("aten::sum", family="reduction")
 def sum_(call: Call) -> Step | None:
+    """Over S: `[B, S/P, H] -> [B, H]`, an addend on each rank."""
+    _, source = call.lead
     dims = reduced_dims(call)
-    placement = call.operands[0].placement
-    assert isinstance(placement, Sharded)
-    return Step((placement,), (PARTIAL,)) if placement.dim in dims else kept(call, dims)
+    return Step((source,), (PARTIAL,)) if source.dim in dims else kept(call, dims)
 
 
 @rule("aten::mean", family="reduction")
 def mean(call: Call) -> Step | None:
+    """Over S: the local sum / S, not / (S/P), so that the addends add up."""
+    operand, source = call.lead
     dims = reduced_dims(call)
-    placement = call.operands[0].placement
-    assert isinstance(placement, Sharded)
-    if placement.dim not in dims:
+    if source.dim not in dims:
         return kept(call, dims)
-    count = product(call.operands[0].shape[dim] for dim in dims)
-    return Step((placement,), (PARTIAL,), replacement=mean_addend, numbers=(("count", count),))
+    count = product(operand.shape[dim] for dim in dims)
+    return Step((source,), (PARTIAL,), replacement=mean_addend, numbers=(("count", count),))
 
 
 def mean_addend(

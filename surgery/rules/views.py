@@ -20,14 +20,14 @@ SIZES = {"aten::reshape": "shape", "aten::unflatten": "sizes"}
 
 @rule(*SIZES, "aten::flatten", "aten::squeeze", "aten::unsqueeze", "aten::reshape_as", family="views")
 def reshape(call: Call) -> Step | None:
-    source = call.operands[0]
-    if not isinstance(source.placement, Sharded):
+    shape, source = call.operands[0].shape, call.source
+    if source is None:
         return None
-    before, after = elements_around(source.shape, source.placement)
-    result = place_in(call.shape, before, after, length_of(source.shape, source.placement))
+    before, after = elements_around(shape, source)
+    result = place_in(call.shape, before, after, length_of(shape, source))
     if result is None:
         return None
-    operands = (source.placement, *(result for _ in call.operands[1:]))
+    operands = (source, *(result for _ in call.operands[1:]))
     name = call.node.target._schema.name  # type: ignore[union-attr]
     first = call.dim() if name == "aten::unflatten" else 0
     return Step(operands, (result,), sizes=SIZES.get(name), first_size_dim=first)
@@ -38,11 +38,8 @@ PERMUTATIONS = ("aten::permute", "aten::transpose", "aten::t", "aten::movedim", 
 
 @rule(*PERMUTATIONS, family="views")
 def permute(call: Call) -> Step | None:
-    source = call.operands[0]
-    assert isinstance(source.placement, Sharded)
-    order = permutation(call)
-    result = source.placement.moved_to(order.index(source.placement.dim))
-    return Step((source.placement,), (result,))
+    _, source = call.lead
+    return Step((source,), (source.moved_to(permutation(call).index(source.dim)),))
 
 
 def permutation(call: Call) -> list[int]:
@@ -69,6 +66,7 @@ def _moved(source: int | list[int], destination: int | list[int], ndim: int) -> 
 
 @rule("aten::expand", "aten::expand_as", "aten::broadcast_to", family="views", creates=True)
 def expand(call: Call) -> Step | None:
+    """`[1, S/P, H] -> [B, S/P, H]`, and `[H] -> [B, S/P, H]`: that makes shards of what is whole."""
     source = call.operands[0]
     result = _expanded_placement(call)
     if result is None:
@@ -81,8 +79,7 @@ def expand(call: Call) -> Step | None:
 
 
 def _expanded_placement(call: Call) -> Sharded | None:
-    source = call.operands[0]
-    if isinstance(source.placement, Sharded):
-        return source.placement.moved_to(source.placement.dim + len(call.shape) - len(source.shape))
+    if call.source is not None:
+        return call.source.moved_to(call.source.dim + len(call.shape) - len(call.operands[0].shape))
     dim = only_length_dim(call.shape, call.lengths)
     return Sharded(dim) if dim is not None else None

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from passes.call_opaque_modules import CallOpaqueModules
 from passes.canonicalize_sizes import CanonicalizeSizes
-from passes.inline_regions import InlineRegions
+from passes.inline_blocks import InlineBlocks
 from passes.insert_conversions import InsertConversions
 from passes.propagate_placements import PropagatePlacements
 from surgery.errors import InputError, UnsupportedOperationError
@@ -21,7 +21,7 @@ from surgery.opaque import Arguments, OpaqueCall, Results, TensorSpec, make_runn
 from tests.golden import check_golden
 from tests.tracing import operate, trace
 
-PREPARED = (InlineRegions(), CanonicalizeSizes(), PropagatePlacements(), InsertConversions())
+PREPARED = (InlineBlocks(), CanonicalizeSizes(), PropagatePlacements(), InsertConversions())
 FIXED = tuple(map(sympy.Integer, (2, 16, 6)))
 CPU = torch.device("cpu")
 CALL = OpaqueCall(

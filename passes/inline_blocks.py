@@ -24,22 +24,22 @@ AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 @dataclass(frozen=True)
-class InlineRegions:
-    name: ClassVar[str] = "inline-regions"
+class InlineBlocks:
+    name: ClassVar[str] = "inline-blocks"
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset({"flat"})
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         changed = 0
-        while regions := find_regions(graph):
-            for node in regions:
+        while blocks := find_blocks(graph):
+            for node in blocks:
                 inline(graph, node)
-            changed += len(regions)
+            changed += len(blocks)
         graph.owning_module = None  # a flat graph reads its attributes from the live model
         return PassResult(changed)
 
 
-def find_regions(graph: fx.Graph) -> list[fx.Node]:
+def find_blocks(graph: fx.Graph) -> list[fx.Node]:
     """The calls of wrapped sub-graphs."""
     return [node for node in graph.nodes if node.op == "call_function" and node.target in (SET_GRAD, AUTOCAST)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.inline_regions import InlineRegions, find_regions
+from passes.inline_blocks import InlineBlocks, find_blocks
 from surgery.errors import CaptureError
 from tests.golden import check_golden
 from tests.tracing import copy_graph, operate, trace
@@ -31,27 +31,27 @@ def with_autocast(x: Tensor) -> Tensor:
 
 
 def test_golden() -> None:
-    done = operate(InlineRegions(), trace(without_gradient, "b s 6"))
-    check_golden("inline_regions.txt", str(done))
+    done = operate(InlineBlocks(), trace(without_gradient, "b s 6"))
+    check_golden("inline_blocks.txt", str(done))
     assert done.result.changed == 1
     assert done.graph.owning_module is None
 
 
 def test_nested_regions() -> None:
-    done = operate(InlineRegions(), trace(without_autocast, "b s 6"))
+    done = operate(InlineBlocks(), trace(without_autocast, "b s 6"))
     assert done.result.changed == 2
-    assert find_regions(done.graph) == []
+    assert find_blocks(done.graph) == []
     assert "= aten.exp(x)" in done.after
 
 
 def test_leaves_a_flat_graph_alone() -> None:
-    done = operate(InlineRegions(), trace(lambda x: x * 2, "b s 6"))
+    done = operate(InlineBlocks(), trace(lambda x: x * 2, "b s 6"))
     assert done.result.changed == 0
     assert done.before == done.after
 
 
 def test_refuses_autocast_that_is_switched_on() -> None:
     module = trace(with_autocast, "b s 6")
-    assert find_regions(copy_graph(module))
+    assert find_blocks(copy_graph(module))
     with pytest.raises(CaptureError, match=r"switches autocast on inside its forward.*Cast the model instead"):
-        operate(InlineRegions(), module)
+        operate(InlineBlocks(), module)
