@@ -21,7 +21,7 @@ def test_architecture_on_two_ranks(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(prove, name, 2))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, SAMPLE | {"mistral", "qwen3", "stablelm"}))
 def test_architecture_on_four_ranks(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove, name, 4))
 
