@@ -39,7 +39,7 @@ def _try_with_a_lost_gather(architecture: Architecture, kinds: list[str]) -> lis
 
 
 def _try_all(architecture: Architecture) -> tuple[list[Outcome], int]:
-    with mock.patch("surgery.model_surgery.capture", wraps=capture) as captured:
+    with mock.patch("surgery.programs.capture", wraps=capture) as captured:
         return _try(architecture, list(KINDS)), captured.call_count
 
 
