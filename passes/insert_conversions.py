@@ -23,10 +23,11 @@ from torch import fx
 from surgery import collectives
 from surgery.axis import local_length
 from surgery.metadata import KEY, Context, NodeFacts, facts_of
+from surgery.opaque import OPAQUE
 from surgery.pipeline import PassResult
 from surgery.placement import REPLICATED, Partial, Placement, Replicated, Sharded
 from surgery.rules.call import Step, bind_arguments, tensor_nodes
-from surgery.rules.table import is_call, operation_name
+from surgery.rules.table import operation_name
 from surgery.rules.views import SIZES
 from surgery.shapes import is_contiguous, length_of, quotient, shape_of, to_expr
 from surgery.sizes import Size, size_node, times
@@ -182,8 +183,9 @@ class _Editor:
 
 def knows_layout(node: fx.Node) -> bool:
     """Whether `node` may read its operands by their strides, as code does that is not torch's or ours."""
-    is_operator = isinstance(node.target, torch._ops.OpOverload)
-    return is_call(node, "surgery::opaque") or (is_operator and node.target.namespace not in ("aten", "surgery"))  # type: ignore[union-attr]
+    target: Any = node.target
+    is_operator = isinstance(target, torch._ops.OpOverload)
+    return target is OPAQUE or (is_operator and target.namespace not in ("aten", "surgery"))
 
 
 def _set_argument(node: fx.Node, name: str, value: Any) -> None:

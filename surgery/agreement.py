@@ -34,9 +34,10 @@ class CallComparison:
         """Raise `InputError` on every rank of `group` if their calls differ, where a comparison is due."""
         if self.check_inputs == "never":
             return
-        if self.check_inputs == "always" or call.kind not in self._compared:
+        kind = call.kind
+        if self.check_inputs == "always" or kind not in self._compared:
             check_same_call(call, group)
-            self._compared.add(call.kind)
+            self._compared.add(kind)
 
 
 def check_same_call(call: BoundCall, group: dist.ProcessGroup) -> None:

@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
+from passes.inline_blocks import AUTOCAST, SET_GRAD
 from surgery.branches import Sides, describe_branches
 from surgery.culprits import find_place, trace_around
 from surgery.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
@@ -47,8 +48,6 @@ from surgery.trace_settings import (
 )
 
 _captures = itertools.count()
-
-INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # by passes/inline_blocks.py
 
 
 @dataclass
@@ -237,7 +236,7 @@ def _refuse_subgraphs(program: ExportedProgram) -> None:
     """Refuse operators over graphs of their own, which no rule follows, but for the blocks that are inlined later."""
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.nodes):
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) not in INLINED:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target not in (SET_GRAD, AUTOCAST):
             raise CaptureError(
                 f"{where(node)} is an operator over graphs of its own, such as torch.cond, scan and what stands for a "
                 "custom op that writes to its inputs. Expected plain operations. Write it without, as a module of "

@@ -69,7 +69,7 @@ def refuse_nonlinear_operators(graph: fx.Graph) -> None:
     """Refuse operators from outside of torch whose gradients for addends of a cotangent do not add up."""
     for node in graph.nodes:
         is_operator = isinstance(node.target, torch._ops.OpOverload)
-        if is_operator and node.target.namespace not in KNOWN_NAMESPACES and not _is_linear(node):
+        if is_operator and node.target.namespace not in KNOWN_NAMESPACES and not _is_linear(node.target, node):
             raise UnsupportedOperationError(
                 f"{where(node)} has a backward that is not linear in the gradient, or could not be tried: every rank "
                 "computes an addend of it, and these are to add up. Expected one that is. Scale or clip the gradients "
@@ -77,19 +77,11 @@ def refuse_nonlinear_operators(graph: fx.Graph) -> None:
             )
 
 
-def _is_linear(node: fx.Node) -> bool:
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_try_operator, node).result()
-
-
-def _try_operator(node: fx.Node) -> bool:
-    operator: Any = node.target
-
+def _is_linear(operator: Callable[..., Any], node: fx.Node) -> bool:
     def example(source: fx.Node) -> Any:
         value = source.meta["val"]
         made = _example(value, 1.0)
-        is_floating = _is_floating(made)
-        return made.to(value.dtype).to(value.device).requires_grad_() if is_floating else made
+        return made.to(value.dtype).to(value.device).requires_grad_() if _is_floating(made) else made
 
     try:
         with torch.random.fork_rng(), torch.enable_grad():

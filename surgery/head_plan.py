@@ -42,7 +42,7 @@ class HeadPlan:
     def kv_index(self, rank: int) -> tuple[int, ...] | None:
         """For each query head of `rank` its place among `kv_heads`, or None where equal groups follow one another."""
         own, needed = self.heads(rank), self.kv_heads(rank)
-        index = tuple(head * self.num_kv_heads // self.num_heads - needed.start for head in own)
+        index = tuple(kv_head_of(head, self.num_heads, self.num_kv_heads) - needed.start for head in own)
         group = len(own) // len(needed) if needed else 0
         return None if index == tuple(i // group for i in range(group * len(needed))) else index
 
@@ -67,7 +67,12 @@ class HeadPlan:
         return sent * element_size_bytes, returned * element_size_bytes
 
 
+def kv_head_of(head: int, num_heads: int, num_kv_heads: int) -> int:
+    """The key and value head, of `num_kv_heads`, that one of the `num_heads` query heads needs."""
+    return head * num_kv_heads // num_heads
+
+
 def kv_heads_of(heads: range, num_heads: int, num_kv_heads: int) -> range:
-    """The key and value heads, of `num_kv_heads`, that a run of the `num_heads` query heads needs."""
-    first, last = (head * num_kv_heads // num_heads for head in (heads.start, heads.stop - 1))
+    """The key and value heads that a run of query heads needs."""
+    first, last = (kv_head_of(head, num_heads, num_kv_heads) for head in (heads.start, heads.stop - 1))
     return range(first, last + 1) if heads else range(0)

@@ -13,22 +13,15 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery import collectives, cross_exchange, exchange, row_exchange
+from surgery import collectives
+from surgery.costs import KINDS
 from surgery.layers import split_path
 from surgery.metadata import facts_of, module_class, module_path, source_line
 from surgery.notation import Notation, short_dtype
 
-MARKS: dict[Any, str] = {
-    cross_exchange.exchange_keys: "exchange",
-    cross_exchange.exchange_queries: "exchange",
-    exchange.exchange_to_heads: "exchange",
-    exchange.exchange_to_sequence: "exchange",
-    row_exchange.exchange_to_rows: "exchange",
-    row_exchange.exchange_from_rows: "exchange",
-    collectives.shard: "shard",
-    collectives.gather: "gather",
-    collectives.all_reduce: "all-reduce",
-}
+WORDS = {"all-to-all": "exchange", "all-gather": "gather", "all-reduce": "all-reduce"}
+MARKS: dict[Any, str] = {function: WORDS[kind.forward] for function, kind in KINDS.items()}
+MARKS[collectives.shard] = "shard"
 
 
 @dataclass(frozen=True)

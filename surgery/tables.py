@@ -170,14 +170,16 @@ def passes(summary: Summary) -> Shown:
 
 def _skips(row: PassRow) -> list[str]:
     shown = [f"skipped {s.path}{f' × {s.count}' if s.count > 1 else ''}: {s.first.reason}" for s in row.skips]
-    return (
-        shown if len(shown) <= MOST_ROWS else [*shown[:MOST_ROWS], f"and {len(shown) - MOST_ROWS} more, in to_dict()"]
-    )
+    return [*shown[:MOST_ROWS], *_more(shown)]
 
 
 def _rest(rows: Sized) -> Shown:
-    if len(rows) > MOST_ROWS:
-        yield _note(f"and {len(rows) - MOST_ROWS} more, in to_dict()")
+    yield from map(_note, _more(rows))
+
+
+def _more(rows: Sized) -> list[str]:
+    """A line that says how many rows are not shown, or none."""
+    return [f"and {len(rows) - MOST_ROWS} more, in to_dict()"] if len(rows) > MOST_ROWS else []
 
 
 def _title(text: str, remark: str = "", style: str = "bold") -> Text:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, fx
 
 from surgery.placement import PARTIAL, REPLICATED, Placement, Replicated, Sharded
 from surgery.rules.call import Call, Step
-from surgery.rules.table import rule
+from surgery.rules.table import is_call, rule
 
 REDUCTION_NONE, REDUCTION_MEAN = 0, 1
 
@@ -40,7 +39,8 @@ def cross_entropy(call: Call) -> Step | None:
         return call.step(required, labels)
     if not isinstance(target.placement, Replicated):
         return None
-    replacement = REPLACEMENTS[call.node.target._schema.name]  # type: ignore[union-attr]
+    is_of_logits = is_call(call.node, "aten::cross_entropy_loss")
+    replacement: Callable[..., Tensor] = sharded_cross_entropy if is_of_logits else sharded_nll_loss
     return replace(call.step(required, PARTIAL), replacement=replacement, whole=(("whole_target", target.node),))
 
 
@@ -88,10 +88,3 @@ def _label_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> T
     if weight is None:
         return counted.sum()
     return torch.where(counted, weight[labels.clamp(min=0)], 0).sum()
-
-
-REPLACEMENTS: dict[str, Callable[..., Any]] = {
-    "aten::cross_entropy_loss": sharded_cross_entropy,
-    "aten::nll_loss": sharded_nll_loss,
-    "aten::nll_loss_nd": sharded_nll_loss,
-}
