@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from surgery.comparison import TOLERANCE, compare, float_is_double, worst
+from surgery import restore, transform
+from surgery.comparison import TOLERANCE, compare, float_is_double, run_sharded, run_whole, worst
 from tests.zoo import make_batch, make_model
 
 
@@ -28,8 +31,34 @@ def prove(
         return compare(model, sp_size, make_batch(batch_size, length) if batch is None else batch)
 
 
+def prove_calls(
+    model: Any, sp_size: int, calls: Iterable[tuple[Callable[[Any], Any], dict[str, Any]]]
+) -> tuple[list[dict[str, float]], int]:
+    """The errors of each call of one transformed model, on this rank, and how many graphs they took.
+
+    A call is a change, made to the model and its transformed twin, and a batch.
+    """
+    twin = transform(copy.deepcopy(model), sp_size)
+    found = []
+    for change, batch in calls:
+        for each in (model, twin):
+            change(each)
+            each.zero_grad()
+        found.append(run_sharded(twin, run_whole(model, batch), batch))
+    num_programs = len(twin.surgery.programs)
+    restore(twin)
+    return found, num_programs
+
+
 def assert_exact(results: list[dict[str, float]], dtype: torch.dtype = torch.float32) -> None:
     """Every rank's errors are within the tolerance of `dtype`."""
     for rank, errors in enumerate(results):
         error, name = worst(errors)
         assert error <= TOLERANCE[dtype], f"rank {rank}: {name} is off by {error:.2e} (allowed {TOLERANCE[dtype]:.0e})"
+
+
+def assert_calls_exact(results: list[tuple[list[dict[str, float]], int]], num_programs: int) -> None:
+    """Every call of `prove_calls` is exact on every rank, and they took so many graphs."""
+    for by_rank in zip(*(calls for calls, _ in results), strict=True):
+        assert_exact(list(by_rank))
+    assert [count for _, count in results] == [num_programs] * len(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from torch.autograd import Function
 from transformers.models.bloom.modeling_bloom import GeLUFunction
 
 from surgery import UnsupportedOperationError, transform
-from surgery.comparison import run_simulated, run_whole
+from surgery.comparison import compare
 from surgery.custom_backward import is_derivative
+from surgery.ranks import RankPool
 from tests.proof import assert_exact
 from tests.zoo import make_batch, make_model
 
@@ -99,9 +99,13 @@ def make_calling(name: str) -> Any:
     return model
 
 
-def test_an_operator_with_a_linear_backward_is_exact() -> None:
-    model, batch = make_calling("halved_gradient"), make_batch(2, 13)
-    assert_exact([run_simulated(transform(copy.deepcopy(model), 3), run_whole(model, batch), batch)])
+def _prove_halved(sp_size: int) -> dict[str, float]:
+    return compare(make_calling("halved_gradient"), sp_size, make_batch(2, 13))
+
+
+def test_an_operator_with_a_linear_backward_is_exact(pair: RankPool, ranks: RankPool) -> None:
+    assert_exact(pair.run(_prove_halved, 2))
+    assert_exact(ranks.run(_prove_halved, 4))
 
 
 def test_one_with_another_backward_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 
 from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
-from surgery.comparison import compare, run_simulated, run_whole
+from surgery.comparison import compare
 from surgery.private import GroupName
 from surgery.ranks import RankPool
 from tests.planted import PLANTED, make_planted
-from tests.proof import assert_exact, prove
+from tests.proof import assert_calls_exact, assert_exact, prove, prove_calls
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
 
 SHORT = 3
@@ -98,17 +97,21 @@ def _prove_otherwise(length: int) -> list[dict[str, float]]:
     ]
 
 
-def test_frequencies_that_depend_on_the_length() -> None:
-    """Of longrope, on both sides of its original length: tensors that it keeps on its module are not the trace's."""
+def _prove_longrope(sp_size: int) -> Any:
+    """On both sides of its original length, captured again for a call without labels, and restored."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     sizes: dict[str, Any] = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
     whole = make_model("phi3", rope_parameters={**rope, "original_max_position_embeddings": 16}, **sizes)
-    model = transform(copy.deepcopy(whole), 4)
-    for length in (12, 31):
-        batch = make_batch(2, length)
-        reference = run_whole(whole, batch)
-        assert_exact([run_simulated(model, reference, batch)])
-    restore(model)(**batch)
+    batches = [make_batch(2, 12), {"input_ids": make_batch(2, 12)["input_ids"]}, make_batch(2, 31)]
+    found = prove_calls(whole, sp_size, [(lambda model: None, batch) for batch in batches])
+    restore(transform(whole, sp_size))(**batches[-1])
+    return found
+
+
+def test_frequencies_that_depend_on_the_length(pair: RankPool, ranks: RankPool) -> None:
+    """Of longrope: tensors that it keeps on its module are not the trace's."""
+    assert_calls_exact(pair.run(_prove_longrope, 2), 2)
+    assert_calls_exact(ranks.run(_prove_longrope, 4), 2)
 
 
 def test_one_token_is_refused() -> None:

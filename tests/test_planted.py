@@ -54,6 +54,15 @@ def test_planted(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(_prove_planted, name))
 
 
+def _prove_on_four(name: str) -> dict[str, float]:
+    return compare(make_planted(name), 4, make_batch(3, 13))
+
+
+@pytest.mark.parametrize("name", ["attention_without_heads", "batch_as_heads"])
+def test_attention_without_heads_on_four_ranks(ranks: RankPool, name: str) -> None:
+    assert_exact(ranks.run(_prove_on_four, name))
+
+
 @pytest.mark.parametrize("name", ["causal_convolution", "roll", "cumsum", "first_token"])
 def test_refused_on_request(name: str) -> None:
     model = make_planted(name)

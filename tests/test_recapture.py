@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import transform
-from surgery.comparison import run_simulated, run_whole
-from tests.proof import assert_exact
+from surgery.ranks import RankPool
+from tests.proof import assert_calls_exact, prove_calls
+from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
 
 
@@ -48,36 +48,42 @@ class ByLength(Wrapped):
         return torch.as_tensor(self.inner(x) * torch.tensor([2.0 if x.shape[1] > 20 else 0.5]))
 
 
-def set_scale(model: Any, scale: float) -> None:
+def set_scale(scale: float, model: Any) -> None:
     model.model.layers[0].mlp.settings["scales"][1] = scale
 
 
-def set_dtype(model: Any, dtype: torch.dtype | None) -> None:
+def set_dtype(dtype: torch.dtype | None, model: Any) -> None:
     model.model.layers[0].mlp.dtype = dtype
+
+
+def set_mode(is_training: bool, model: Any) -> None:
+    model.train(is_training)
 
 
 def leave(model: Any) -> None:
     pass
 
 
-CALLS: dict[type[Wrapped], list[tuple[Any, tuple[Any, ...], tuple[int, int]]]] = {
-    ByContainer: [(set_scale, (scale,), (2, 16)) for scale in (1.0, 0.5, 1.0)],
-    ByDtype: [(set_dtype, (dtype,), (2, 16)) for dtype in (None, torch.float64, torch.float16, None)],
-    ByMode: [(nn.Module.train, (is_training,), (2, 16)) for is_training in (True, False, True)],
-    ByBatchSize: [(leave, (), (batch_size, 16)) for batch_size in (2, 6, 3, 5)],
-    ByLength: [(leave, (), (2, length)) for length in (16, 24, 17)],
+CALLS: dict[type[Wrapped], list[tuple[Any, tuple[int, int]]]] = {
+    ByContainer: [(partial(set_scale, scale), (2, 16)) for scale in (1.0, 0.5, 1.0)],
+    ByDtype: [(partial(set_dtype, dtype), (2, 16)) for dtype in (None, torch.float64, torch.float16, None)],
+    ByMode: [(partial(set_mode, is_training), (2, 16)) for is_training in (True, False, True)],
+    ByBatchSize: [(leave, (batch_size, 16)) for batch_size in (2, 6, 3, 5)],
+    ByLength: [(leave, (2, length)) for length in (16, 24, 17)],
 }
 
 
-@pytest.mark.parametrize("wrapped", CALLS)
-def test_what_differs_is_captured_anew(wrapped: type[Wrapped]) -> None:
+def _prove(wrapped: type[Wrapped], sp_size: int) -> Any:
     model = make_model("llama", num_hidden_layers=1)
     model.model.layers[0].mlp = wrapped(model.model.layers[0].mlp)
-    twin = transform(copy.deepcopy(model), 2)
-    for change, arguments, sizes in CALLS[wrapped]:
-        batch = make_batch(*sizes)
-        for whole in (model, twin):
-            change(whole, *arguments)
-            whole.zero_grad()
-        assert_exact([run_simulated(twin, run_whole(model, batch), batch)])
-    assert len(twin.surgery.programs) == 2 + (wrapped is ByDtype)
+    return prove_calls(model, sp_size, [(change, make_batch(*sizes)) for change, sizes in CALLS[wrapped]])
+
+
+@pytest.mark.parametrize("wrapped", CALLS)
+def test_what_differs_is_captured_anew(pair: RankPool, wrapped: type[Wrapped]) -> None:
+    assert_calls_exact(pair.run(_prove, wrapped, 2), 2 + (wrapped is ByDtype))
+
+
+@pytest.mark.parametrize("wrapped", sampled(CALLS, {ByMode, ByBatchSize}))
+def test_what_differs_on_four_ranks(ranks: RankPool, wrapped: type[Wrapped]) -> None:
+    assert_calls_exact(ranks.run(_prove, wrapped, 4), 2 + (wrapped is ByDtype))

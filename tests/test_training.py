@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import restore, transform
-from surgery.comparison import TOLERANCE, compare, gradients_of, relative_error, run_simulated, run_whole
+from surgery.comparison import TOLERANCE, compare, gradients_of, relative_error
 from surgery.ranks import RankPool
-from tests.proof import assert_exact
+from tests.proof import assert_calls_exact, assert_exact, prove_calls
 from tests.zoo import make_batch, make_model
 
 TOLERANCE_F32 = TOLERANCE[torch.float32]
@@ -287,14 +287,20 @@ def _weighted(weight: float) -> Callable[..., torch.Tensor]:
     return lambda *args, **kwargs: weight * _smoothed(*args, **kwargs)
 
 
-def test_loss_functions_are_followed() -> None:
-    """Given after the transform, and others of the same code."""
-    whole = make_model("llama", num_hidden_layers=1)
-    model, batch = transform(copy.deepcopy(whole), 2), make_batch(2, 32)
-    for function in (_smoothed, partial(_smoothed, smoothing=0.2), _weighted(0.5), _weighted(2.0)):
-        model.loss_function = whole.loss_function = function
-        reference = run_whole(whole, batch)
-        assert_exact([run_simulated(model, reference, batch)])
+def _set_loss(function: Callable[..., torch.Tensor], model: Any) -> None:
+    model.loss_function = function
+
+
+def _prove_loss_functions(sp_size: int) -> Any:
+    functions = (_smoothed, partial(_smoothed, smoothing=0.2), _weighted(0.5), _weighted(2.0))
+    calls = [(partial(_set_loss, function), make_batch(2, 32)) for function in functions]
+    return prove_calls(make_model("llama", num_hidden_layers=1), sp_size, calls)
+
+
+def test_loss_functions_are_followed(pair: RankPool, ranks: RankPool) -> None:
+    """Given after the transform, and others of the same code; the example's was captured with the model's own."""
+    assert_calls_exact(pair.run(_prove_loss_functions, 2), 5)
+    assert_calls_exact(ranks.run(_prove_loss_functions, 4), 5)
 
 
 def _address(tensor: torch.Tensor) -> torch.Tensor:
