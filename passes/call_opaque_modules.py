@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from surgery.capture.opaque import OPAQUE, make_runner
 from surgery.metadata import Context
-from surgery.opaque import OPAQUE, make_runner
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments
 

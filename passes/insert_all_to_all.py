@@ -3,8 +3,8 @@
     q, k, v [B, N, S/P, H]  --exchange_to_heads-->     [B, N/P, S, H]      one all-to-all, packed
     out     [B, N/P, S, H]  --exchange_to_sequence-->  [B, N, S/P, H]      one all-to-all
 
-Cross-attention has queries of T tokens and keys of S: two packets on the way there (`surgery/cross_exchange.py`).
-With more ranks than heads, those of one head share its queries (`surgery/row_exchange.py`).
+Cross-attention has queries of T tokens and keys of S: two packets on the way there (`surgery/exchange/cross.py`).
+With more ranks than heads, those of one head share its queries (`surgery/exchange/rows.py`).
 
 Inside, a rank sees the whole sequence for its own heads, so attention itself is computed as if there were one device.
 """
@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 import sympy
 from torch import fx
 
-from surgery.cross_exchange import exchange_keys, exchange_queries, take_own_keys
-from surgery.exchange import exchange_to_heads, exchange_to_sequence
+from surgery.exchange.cross import exchange_keys, exchange_queries, take_own_keys
+from surgery.exchange.heads import exchange_to_heads, exchange_to_sequence
+from surgery.exchange.row_sharing import why_rows_stay_whole
+from surgery.exchange.rows import exchange_from_rows, exchange_to_rows
 from surgery.metadata import KEY, Context, NodeFacts, Site, Skip, facts_of
 from surgery.pipeline import PassResult
 from surgery.placement import REPLICATED, HeadSharded, RowSharded, Sharded
-from surgery.row_exchange import exchange_from_rows, exchange_to_rows
-from surgery.row_sharing import why_rows_stay_whole
 from surgery.rules.attention import SEQUENCE_DIM
 from surgery.shapes import shape_of
 from surgery.sizes import Size, size_node

@@ -22,8 +22,8 @@ from torch import fx
 
 from surgery import collectives
 from surgery.axis import local_length
+from surgery.capture.opaque import OPAQUE
 from surgery.metadata import KEY, Context, NodeFacts, facts_of
-from surgery.opaque import OPAQUE
 from surgery.pipeline import PassResult
 from surgery.placement import REPLICATED, Partial, Placement, Replicated, Sharded
 from surgery.rules.call import Step, bind_arguments, tensor_nodes

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from surgery.attention import ATTENTION, MASK
+from surgery.attention.operators import ATTENTION, MASK
 from surgery.errors import UnsupportedOperationError
 from surgery.metadata import Context, Mask, Site, Skip, module_path, source_line, where
 from surgery.pipeline import PassResult

@@ -16,16 +16,16 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from surgery.attention import MASK
+from surgery.attention.implementations import registered, sdpa, written_out
+from surgery.attention.mask_making import TORCH_SDPA, mask_maker
+from surgery.attention.operators import MASK
+from surgery.attention.recorded import TENSOR_MASKS
 from surgery.errors import UnsupportedOperationError
-from surgery.implementations import registered, sdpa, written_out
-from surgery.mask_making import TORCH_SDPA, mask_maker
+from surgery.exchange.own_heads import PER_ROW
+from surgery.exchange.own_rows import causal_rows, own_rows
 from surgery.metadata import KEY, Context, NodeFacts, Site
-from surgery.own_heads import PER_ROW
-from surgery.own_rows import causal_rows, own_rows
 from surgery.pipeline import PassResult
 from surgery.placement import RowSharded
-from surgery.recorded import TENSOR_MASKS
 from surgery.rules.attention import SEQUENCE_DIM
 from surgery.rules.call import bind_arguments
 from surgery.shapes import shape_of

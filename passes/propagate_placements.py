@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from surgery.capture.opaque import OPAQUE
 from surgery.errors import UnsupportedOperationError
 from surgery.metadata import KEY, Context, NodeFacts, Skip, where
-from surgery.opaque import OPAQUE
 from surgery.pipeline import PassResult
 from surgery.placement import PARTIAL, REPLICATED, Placement, Sharded
 from surgery.regions import check_border, find_regions, region_of, region_step

@@ -17,7 +17,7 @@ from torch import fx
 from transformers.masking_utils import sdpa_mask
 
 from passes.locate_attention import read_mask
-from surgery.attention import ATTENTION, MASK
+from surgery.attention.operators import ATTENTION, MASK
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
 from surgery.rules.call import bind_arguments

@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from surgery.collectives import gather
 from surgery.errors import ConfigurationError
-from surgery.examples import example_call
-from surgery.installation import install, uninstall
+from surgery.inputs.examples import example_call
 from surgery.mesh import check_agreement, make_mesh
 from surgery.metadata import Gradients, OnUnknown, facts_of
 from surgery.model_surgery import ModelSurgery
 from surgery.options import CheckInputs, Inputs, Options
-from surgery.program import Program
+from surgery.programs.installation import install, uninstall
+from surgery.programs.program import Program
 
 
 def transform(

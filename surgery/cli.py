@@ -26,16 +26,16 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from surgery.api import transform
-from surgery.batches import KINDS
-from surgery.catalog import find_architecture, list_architectures
-from surgery.coverage import coverage_page, verdict_of
 from surgery.errors import ConfigurationError, SurgeryError
 from surgery.metadata import OnUnknown
 from surgery.model_surgery import ModelSurgery
-from surgery.printing import GraphPrintout
-from surgery.report import Report
-from surgery.sweep import read_rows, sweep, write_rows
-from surgery.verify import verify
+from surgery.report.printing import GraphPrintout
+from surgery.report.report import Report
+from surgery.verify.batches import KINDS
+from surgery.verify.catalog import find_architecture, list_architectures
+from surgery.verify.coverage import coverage_page, verdict_of
+from surgery.verify.sweep import read_rows, sweep, write_rows
+from surgery.verify.verify import verify
 
 FINE, REFUSED = 0, 1
 Run = Callable[[argparse.Namespace, Console], int]

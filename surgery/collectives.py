@@ -6,7 +6,7 @@ Cotangents are partial: every rank's backward computes an addend of the gradient
 
     shard / zero-pad        gather / reduce-scatter        all-reduce / all-reduce
 
-The exchange around attention, whose adjoint is an exchange, is in `surgery/exchange.py`.
+The exchange around attention, whose adjoint is an exchange, is in `surgery/exchange/heads.py`.
 
 Letters: B batch, N heads, S sequence, H head size, P sequence-parallel ranks, F packed features.
 """

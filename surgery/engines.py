@@ -6,7 +6,7 @@
     attributes of modules       counters and marks, which change from step to step
 
 None of it changes what the model computes, so none of it enters a signature; the hooks are honoured by
-`surgery/segments.py`. Nothing here imports an engine: what it left behind is recognised by name.
+`surgery/programs/segments.py`. Nothing here imports an engine: what it left behind is recognised by name.
 """
 
 from __future__ import annotations

@@ -11,17 +11,17 @@ from typing import Literal
 import sympy
 from torch import fx
 
+from surgery.attention.recorded import RecordedCall, RecordedMask
 from surgery.axis import Axis
-from surgery.head_plan import HeadPlan
-from surgery.opaque import OpaqueCall
+from surgery.capture.opaque import OpaqueCall
+from surgery.exchange.head_plan import HeadPlan
+from surgery.exchange.row_plan import RowPlan
 from surgery.placement import REPLICATED, Placement
-from surgery.recorded import RecordedCall, RecordedMask
-from surgery.row_plan import RowPlan
 from surgery.rules.call import Step
 from surgery.shapes import Lengths
 
 KEY = "surgery"
-RECORDER = "surgery/opaque.py"  # stands in the place of model code while it is traced
+RECORDER = "surgery/capture/opaque.py"  # stands in the place of model code while it is traced
 
 OnUnknown = Literal["gather", "refuse"]
 Gradients = Literal["mean", "sum"]

@@ -13,19 +13,19 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from surgery import collectives
-from surgery.agreement import CallComparison, whole_length
 from surgery.axis import Axis
-from surgery.checks import check_bypass, check_call, how_to_launch
 from surgery.errors import LaunchError
-from surgery.images import ImageMerger
+from surgery.inputs.agreement import CallComparison, whole_length
+from surgery.inputs.checks import check_bypass, check_call, how_to_launch
+from surgery.inputs.images import ImageMerger
+from surgery.inputs.sharded_inputs import assemble, gather_slices
+from surgery.inputs.signature import BoundCall, bind_call
 from surgery.mesh import SequenceMesh
 from surgery.options import Options
-from surgery.printing import GraphPrintout, make_printout
-from surgery.program import Program
-from surgery.programs import Programs
-from surgery.report import Report, make_report
-from surgery.sharded_inputs import assemble, gather_slices
-from surgery.signature import BoundCall, bind_call
+from surgery.programs.program import Program
+from surgery.programs.programs import Programs
+from surgery.report.printing import GraphPrintout, make_printout
+from surgery.report.report import Report, make_report
 
 
 class ModelSurgery:

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from surgery.comparison import compare
+from surgery.verify.comparison import compare
 from tests.flash import CALLS, flash_on_cpu, use
 from tests.proof import assert_exact
 from tests.zoo import make_model

@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test a
 import pytest
 import torch
 
-from surgery.ranks import RankPool
+from surgery.verify.ranks import RankPool
 
 torch.set_num_threads(1)
 

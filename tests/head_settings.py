@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery import restore, transform
+from surgery.attention.implementations import sdpa
 from surgery.axis import Axis, local_length
 from surgery.collectives import shard
-from surgery.exchange import exchange_to_heads, exchange_to_sequence
-from surgery.implementations import sdpa
-from surgery.simulation import simulated_ranks
+from surgery.exchange.heads import exchange_to_heads, exchange_to_sequence
+from surgery.verify.simulation import simulated_ranks
 from tests.counting import CollectiveCounter
 from tests.zoo import make_batch, make_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from surgery import restore, transform
-from surgery.comparison import TOLERANCE, compare, float_is_double, run_sharded, run_whole, worst
+from surgery.verify.comparison import TOLERANCE, compare, float_is_double, run_sharded, run_whole, worst
 from tests.zoo import make_batch, make_model
 
 

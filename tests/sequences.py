@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from surgery.comparison import compare
+from surgery.verify.comparison import compare
 from tests.zoo import VOCAB_SIZE, make_batch, make_model
 
 B, S, T = 3, 30, 23

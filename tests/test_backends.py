@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from surgery import CaptureError, restore, transform
-from surgery.comparison import compare
-from surgery.ranks import RankPool
+from surgery.verify.comparison import compare
+from surgery.verify.ranks import RankPool
 from tests.backends import assert_flash, prove_flash, prove_own, register_own, registries, soft_attention
 from tests.batches import padded
 from tests.flash import flash_on_cpu, use

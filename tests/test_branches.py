@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery import restore, transform
-from surgery.branches import OtherBranchError
-from surgery.comparison import run_sharded, run_whole
-from surgery.ranks import RankPool
+from surgery.capture.branches import OtherBranchError
+from surgery.verify.comparison import run_sharded, run_whole
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
 from tests.zoo import make_batch, make_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from surgery import restore, transform
-from surgery.comparison import compare
-from surgery.ranks import RankPool
+from surgery.verify.comparison import compare
+from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter, SavedActivations
 from tests.proof import assert_exact
 from tests.zoo import make_batch, make_model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import and_masks, causal_mask_function, padding_mask_function
 
-from surgery.closures import UnliftableError, fill, lift
+from surgery.attention.closures import UnliftableError, fill, lift
 
 
 def same(ids: Tensor, shift: int = 0) -> Callable[..., Tensor]:

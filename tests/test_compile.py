@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from surgery import restore, transform
-from surgery.comparison import TOLERANCE, gradients_of, relative_error
-from surgery.ranks import RankPool
+from surgery.verify.comparison import TOLERANCE, gradients_of, relative_error
+from surgery.verify.ranks import RankPool
 from tests.zoo import make_batch, make_model
 
 LENGTHS = (32, 48, 33, 64, 31, 32)

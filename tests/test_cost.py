@@ -10,8 +10,8 @@ import torch
 from surgery import restore, transform
 from surgery.metadata import facts_of
 from surgery.placement import Replicated
-from surgery.ranks import RankPool
 from surgery.shapes import length_dims, shape_of
+from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter, SavedActivations
 from tests.zoo import make_batch, make_model
 

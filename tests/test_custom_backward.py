@@ -11,9 +11,9 @@ from torch.autograd import Function
 from transformers.models.bloom.modeling_bloom import GeLUFunction
 
 from surgery import UnsupportedOperationError, transform
-from surgery.comparison import compare
-from surgery.custom_backward import is_derivative
-from surgery.ranks import RankPool
+from surgery.capture.custom_backward import is_derivative
+from surgery.verify.comparison import compare
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
 from tests.zoo import make_batch, make_model
 

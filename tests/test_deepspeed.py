@@ -18,8 +18,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import Tensor
 
 from surgery import SurgeryError, transform
-from surgery.comparison import relative_error
-from surgery.ranks import RankPool
+from surgery.verify.comparison import relative_error
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
 from tests.sampling import sampled
 from tests.training import (

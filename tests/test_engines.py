@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import transform
-from surgery.comparison import relative_error
-from surgery.ranks import RankPool
+from surgery.verify.comparison import relative_error
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
 from tests.refusals import refusal
 from tests.training import MAX_NORM, OPTIMIZERS, Trained, errors, micro_batches, model_to_train, train_unsharded

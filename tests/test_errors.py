@@ -21,7 +21,7 @@ from surgery import (
     restore,
     transform,
 )
-from surgery.ranks import RankPool
+from surgery.verify.ranks import RankPool
 from tests.refusals import refusal
 from tests.zoo import make_batch, make_model
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from surgery.comparison import compare, gradients_of, relative_error
-from surgery.ranks import RankPool
+from surgery.verify.comparison import compare, gradients_of, relative_error
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model

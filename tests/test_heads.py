@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from surgery.comparison import compare
-from surgery.head_plan import HeadPlan
-from surgery.ranks import RankPool
+from surgery.exchange.head_plan import HeadPlan
+from surgery.verify.comparison import compare
+from surgery.verify.ranks import RankPool
 from tests.head_settings import (
     Setting,
     check,

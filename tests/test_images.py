@@ -11,9 +11,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from surgery import restore, transform
-from surgery.comparison import SMALLEST_SHARE, float_is_double, gradients_of, relative_error, run_sharded, run_whole
 from surgery.errors import CaptureError, InputError
-from surgery.ranks import RankPool
+from surgery.verify.comparison import (
+    SMALLEST_SHARE,
+    float_is_double,
+    gradients_of,
+    relative_error,
+    run_sharded,
+    run_whole,
+)
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
 from tests.sampling import sampled
 from tests.zoo import COMMON

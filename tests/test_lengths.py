@@ -9,9 +9,9 @@ import torch
 
 from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
-from surgery.comparison import compare
 from surgery.private import GroupName
-from surgery.ranks import RankPool
+from surgery.verify.comparison import compare
+from surgery.verify.ranks import RankPool
 from tests.planted import PLANTED, make_planted
 from tests.proof import assert_calls_exact, assert_exact, prove, prove_calls
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import masking_utils as masks
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from surgery.masks import READERS, UNKNOWN, Pattern, read_mask_function, write_mask_function
-from surgery.recorded import Recording
-from surgery.recording_masks import record_mask
+from surgery.attention.masks import READERS, UNKNOWN, Pattern, read_mask_function, write_mask_function
+from surgery.attention.recorded import Recording
+from surgery.capture.recording_masks import record_mask
 from tests.zoo import make_config
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4, 5]])

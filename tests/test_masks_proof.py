@@ -12,8 +12,8 @@ from transformers import masking_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
 
-from surgery.comparison import compare
-from surgery.ranks import RankPool
+from surgery.verify.comparison import compare
+from surgery.verify.ranks import RankPool
 from tests.batches import packed, padded
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from surgery import restore, transform
-from surgery.comparison import compare
-from surgery.ranks import RankPool
+from surgery.verify.comparison import compare
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
 from tests.refusals import refusal
 from tests.zoo import make_batch, make_model

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree as pytree
 
 from surgery import CaptureError, UnsupportedOperationError, restore, transform
-from surgery.comparison import compare, relative_error
-from surgery.learning import learn_results
-from surgery.opaque import Arguments, TensorSpec
-from surgery.ranks import RankPool
+from surgery.capture.learning import learn_results
+from surgery.capture.opaque import Arguments, TensorSpec
+from surgery.verify.comparison import compare, relative_error
+from surgery.verify.ranks import RankPool
 from tests.opaque_modules import EXACT, REFUSED, Halving, Loop, make_opaque, make_reading
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from surgery.errors import CaptureError
-from surgery.own_heads import HeadView, OwnHeads
+from surgery.exchange.own_heads import HeadView, OwnHeads
 from surgery.private import flex_heads_from
 
 HEADS = OwnHeads(first=4, count=2, kv_count=1, total=8, total_kv=2)

@@ -7,8 +7,8 @@ import copy
 import pytest
 
 from surgery import UnsupportedOperationError, transform
-from surgery.comparison import compare, float_is_double, run_simulated, run_whole
-from surgery.ranks import RankPool
+from surgery.verify.comparison import compare, float_is_double, run_simulated, run_whole
+from surgery.verify.ranks import RankPool
 from tests.planted import PLANTED, make_planted
 from tests.proof import assert_exact
 from tests.sampling import sampled

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from surgery import ConfigurationError, InputError, transform
-from surgery.printing import GraphPrintout
+from surgery.report.printing import GraphPrintout
 from tests.golden import check_golden
 from tests.planted import make_planted
 from tests.zoo import make_model

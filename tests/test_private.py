@@ -31,13 +31,13 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 import surgery
 from surgery import private
-from surgery.capture import capture
+from surgery.capture.capture import capture
+from surgery.capture.recording_masks import record_mask
 from surgery.engines import hooks_of, is_engine_function, original_class
+from surgery.inputs.signature import Signature, bind_call
 from surgery.private import intercepted_lookup
-from surgery.ranks import RankPool
-from surgery.recording_masks import record_mask
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
-from surgery.signature import bind_call
+from surgery.verify.ranks import RankPool
 from tests.tracing import trace
 from tests.zoo import make_batch, make_config, make_model
 
@@ -183,7 +183,7 @@ def _captured(name: str) -> fx.Graph:
         model = make_model(name, num_hidden_layers=1)
     batch = {key: value.to("meta") for key, value in make_batch(2, 16).items()}
     call = bind_call(inspect.signature(model.forward), (), batch)
-    signature = surgery.signature.Signature(call.kind[0], (), True, None, 0)
+    signature = Signature(call.kind[0], (), True, None, 0)
     return capture(model, signature, (2, 16)).graph
 
 

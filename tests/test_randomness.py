@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSpeechSeq2Seq
 
 from surgery import UnsupportedOperationError, restore, transform
-from surgery.comparison import gradients_of, relative_error
-from surgery.ranks import RankPool
+from surgery.verify.comparison import gradients_of, relative_error
+from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter
 from tests.opaque_modules import make_opaque
 from tests.random_modules import (

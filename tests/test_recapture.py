@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.ranks import RankPool
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_calls_exact, prove_calls
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model

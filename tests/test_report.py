@@ -11,9 +11,9 @@ from rich.console import Console
 from transformers import AutoModelForSeq2SeqLM
 
 from surgery import transform
-from surgery.layers import fold_indices, split_path
-from surgery.report import Report
-from surgery.text import bytes_text, count_text
+from surgery.report.layers import fold_indices, split_path
+from surgery.report.report import Report
+from surgery.report.text import bytes_text, count_text
 from tests.golden import check_golden
 from tests.planted import make_planted
 from tests.zoo import make_model

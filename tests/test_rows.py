@@ -20,17 +20,17 @@ from transformers import AutoModelForSeq2SeqLM
 
 from passes.seed_random_operations import is_apart
 from surgery import transform
+from surgery.attention.implementations import sdpa
+from surgery.attention.recorded import RecordedCall
 from surgery.axis import Axis
 from surgery.collectives import shard
-from surgery.comparison import run_simulated, run_whole
-from surgery.implementations import sdpa
-from surgery.own_rows import causal_rows, own_rows
-from surgery.ranks import RankPool
-from surgery.recorded import RecordedCall
-from surgery.row_exchange import exchange_from_rows, exchange_to_rows
-from surgery.row_plan import RowPlan
-from surgery.row_sharing import EAGER, MODELS, is_row_wise
-from surgery.simulation import simulated_ranks
+from surgery.exchange.own_rows import causal_rows, own_rows
+from surgery.exchange.row_plan import RowPlan
+from surgery.exchange.row_sharing import EAGER, MODELS, is_row_wise
+from surgery.exchange.rows import exchange_from_rows, exchange_to_rows
+from surgery.verify.comparison import run_simulated, run_whole
+from surgery.verify.ranks import RankPool
+from surgery.verify.simulation import simulated_ranks
 from tests.backends import assert_flash, prove_flash, prove_own, register_own
 from tests.batches import packed, padded
 from tests.head_settings import Setting, check, count_step, draw_settings, with_heads

@@ -24,7 +24,7 @@ from surgery.metadata import facts_of
 from surgery.placement import Placement, Replicated, Sharded
 from surgery.rules import RULES
 from surgery.rules.table import operation_name
-from surgery.simulation import run_ranks
+from surgery.verify.simulation import run_ranks
 from tests.rule_cases import CASES, Case
 from tests.tracing import copy_graph, make_context, parse_shape, trace
 

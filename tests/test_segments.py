@@ -8,7 +8,7 @@ import pytest
 from torch import fx
 
 from surgery import CaptureError, transform
-from surgery.segments import OUTSIDE, Cuts, Segment, check_nested, cut_graph, find_segments
+from surgery.programs.segments import OUTSIDE, Cuts, Segment, check_nested, cut_graph, find_segments
 from tests.zoo import make_model
 
 NESTED = ("model", "model.embed_tokens", "model.layers.0", "model.layers.0.mlp.up_proj", "model.layers.1", "lm_head")

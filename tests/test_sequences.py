@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from surgery import restore, transform
-from surgery.ranks import RankPool
+from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter
 from tests.proof import assert_exact
 from tests.sampling import sampled

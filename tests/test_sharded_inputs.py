@@ -13,9 +13,9 @@ from torch import Tensor
 
 from surgery import restore, transform
 from surgery.axis import run_lengths
-from surgery.comparison import SMALLEST_SHARE, float_is_double, gradients_of, relative_error
-from surgery.ranks import RankPool
-from surgery.sharded_inputs import overlap
+from surgery.inputs.sharded_inputs import overlap
+from surgery.verify.comparison import SMALLEST_SHARE, float_is_double, gradients_of, relative_error
+from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter
 from tests.proof import assert_exact
 from tests.refusals import refusal

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from surgery.layer_kinds import kept_layers
-from surgery.shrink import shrink, small_integer
+from surgery.verify.layer_kinds import kept_layers
+from surgery.verify.shrink import shrink, small_integer
 
 LLAMA_70B = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80}
 

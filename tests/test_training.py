@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery import restore, transform
-from surgery.comparison import TOLERANCE, compare, gradients_of, relative_error
-from surgery.ranks import RankPool
+from surgery.verify.comparison import TOLERANCE, compare, gradients_of, relative_error
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_calls_exact, assert_exact, prove_calls
 from tests.zoo import make_batch, make_model
 

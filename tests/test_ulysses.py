@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from surgery import restore
-from surgery.comparison import SMALLEST_SHARE, gradients_of, relative_error
-from surgery.ranks import RankPool
 from surgery.ulysses import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter, forget
+from surgery.verify.comparison import SMALLEST_SHARE, gradients_of, relative_error
+from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
 from tests.refusals import refusal
 from tests.zoo import make_batch, make_model

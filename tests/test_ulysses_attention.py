@@ -17,9 +17,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from surgery import ConfigurationError
 from surgery.axis import run_lengths
-from surgery.comparison import SMALLEST_SHARE, gradients_of, relative_error
-from surgery.ranks import RankPool
 from surgery.ulysses import UlyssesSPAttentionHF
+from surgery.verify.comparison import SMALLEST_SHARE, gradients_of, relative_error
+from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter
 from tests.proof import assert_exact
 from tests.refusals import refusal

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from surgery import ConfigurationError
 from surgery.axis import run_lengths
-from surgery.ranks import RankPool
 from surgery.ulysses import UlyssesSPDataLoaderAdapter
+from surgery.verify.ranks import RankPool
 from tests.refusals import refusal
 
 

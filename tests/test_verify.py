@@ -12,17 +12,17 @@ import torch
 from transformers import AutoConfig
 
 from surgery import collectives
-from surgery.batches import KINDS, make_batch
-from surgery.capture import capture
-from surgery.catalog import Architecture, find_architecture, list_architectures
+from surgery.capture.capture import capture
 from surgery.cli import main
-from surgery.coverage import coverage_page
 from surgery.errors import CaptureError
-from surgery.ranks import RankPool, RanksLostError
-from surgery.shrink import shrink
-from surgery.sweep import Row, read_rows, sweep
-from surgery.trial import EXACT, FAILED, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, try_model, unanswered
-from surgery.verify import Verification
+from surgery.verify.batches import KINDS, make_batch
+from surgery.verify.catalog import Architecture, find_architecture, list_architectures
+from surgery.verify.coverage import coverage_page
+from surgery.verify.ranks import RankPool, RanksLostError
+from surgery.verify.shrink import shrink
+from surgery.verify.sweep import Row, read_rows, sweep
+from surgery.verify.trial import EXACT, FAILED, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, try_model, unanswered
+from surgery.verify.verify import Verification
 
 LLAMA = Architecture("causal-lm", "LlamaForCausalLM", "llama")
 
@@ -39,7 +39,7 @@ def _try_with_a_lost_gather(architecture: Architecture, kinds: list[str]) -> lis
 
 
 def _try_all(architecture: Architecture) -> tuple[list[Outcome], int]:
-    with mock.patch("surgery.programs.capture", wraps=capture) as captured:
+    with mock.patch("surgery.programs.programs.capture", wraps=capture) as captured:
         return _try(architecture, list(KINDS)), captured.call_count
 
 
@@ -87,7 +87,7 @@ def test_only_our_own_errors_are_refusals() -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     AutoConfig.for_model("llama").save_pretrained(tmp_path)
-    with mock.patch("surgery.verify.KINDS", ["uneven"]):
+    with mock.patch("surgery.verify.verify.KINDS", ["uneven"]):
         assert main(["verify", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["model"] == "LlamaForCausalLM"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surgery.comparison import SMALLEST_SHARE, relative_error
+from surgery.verify.comparison import SMALLEST_SHARE, relative_error
 from tests.zoo import make_batch, make_model
 
 STEPS, ROWS, LENGTH, MICRO_STEPS = 5, 8, 32, 2

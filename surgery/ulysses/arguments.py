@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import find_packed_sequence_indices
 
+from surgery.attention.mask_making import TORCH_SDPA, mask_maker
 from surgery.axis import Axis
 from surgery.errors import InputError
-from surgery.mask_making import TORCH_SDPA, mask_maker
-from surgery.own_heads import cut_run
-from surgery.sharded_inputs import Runs, assemble
-from surgery.signature import BoundCall
+from surgery.exchange.own_heads import cut_run
+from surgery.inputs.sharded_inputs import Runs, assemble
+from surgery.inputs.signature import BoundCall
 
 SINKS = ("s_aux", "sinks")
 OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")

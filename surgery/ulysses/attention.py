@@ -23,9 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery.api import transform
 from surgery.axis import Axis
-from surgery.checks import how_to_launch
 from surgery.errors import ConfigurationError, InputError, LaunchError
-from surgery.exchange import exchange_to_heads, exchange_to_sequence
+from surgery.exchange.heads import exchange_to_heads, exchange_to_sequence
+from surgery.inputs.checks import how_to_launch
 from surgery.mesh import make_mesh
 from surgery.options import Options
 from surgery.randomness import rank_stream

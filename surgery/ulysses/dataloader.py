@@ -22,7 +22,7 @@ from torch import Tensor
 
 from surgery.axis import run_lengths
 from surgery.errors import ConfigurationError, InputError
-from surgery.sharded_inputs import SEQUENCE_NAMES, WHOLE_INPUTS, sliced_dim
+from surgery.inputs.sharded_inputs import SEQUENCE_NAMES, WHOLE_INPUTS, sliced_dim
 
 CONSUMED = "ulysses_consumed"
 

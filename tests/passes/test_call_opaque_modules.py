@@ -15,9 +15,9 @@ from passes.canonicalize_sizes import CanonicalizeSizes
 from passes.inline_blocks import InlineBlocks
 from passes.insert_conversions import InsertConversions
 from passes.propagate_placements import PropagatePlacements
+from surgery.capture.opaque import Arguments, OpaqueCall, Results, TensorSpec, make_runner
 from surgery.errors import InputError, UnsupportedOperationError
 from surgery.metadata import Skip
-from surgery.opaque import Arguments, OpaqueCall, Results, TensorSpec, make_runner
 from tests.golden import check_golden
 from tests.tracing import operate, trace
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from passes.insert_all_to_all import InsertAllToAll
-from surgery.exchange import exchange_to_heads, exchange_to_sequence
+from surgery.exchange.heads import exchange_to_heads, exchange_to_sequence
 from tests.golden import check_golden
 from tests.passes.attending import CONVERTED, attend, causal
 from tests.tracing import operate, trace

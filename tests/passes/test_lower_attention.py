@@ -7,8 +7,8 @@ from torch import Tensor
 
 from passes.insert_all_to_all import InsertAllToAll
 from passes.lower_attention import LowerAttention
+from surgery.attention.implementations import sdpa
 from surgery.errors import UnsupportedOperationError
-from surgery.implementations import sdpa
 from tests.golden import check_golden
 from tests.passes.attending import CONVERTED, KEYS, attend, causal, describe
 from tests.tracing import operate, trace

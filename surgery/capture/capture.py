@@ -1,0 +1,271 @@
+"""Capture: a Hugging Face model and a call signature become one flat graph, with one node per attention call.
+
+placeholders     the call's tensors, in the order of the signature
+get_attr         parameters and buffers by qualified name, looked up on the live model when the graph runs
+call_function    ATen operations, surgery::attention, surgery::attention_mask
+output           the flat outputs of the model's output class
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.utils import _pytree as pytree
+
+from passes.inline_blocks import AUTOCAST, SET_GRAD
+from surgery.attention.recorded import RecordedCall, RecordedMask, Recording
+from surgery.capture.branches import Sides, describe_branches
+from surgery.capture.culprits import find_place, trace_around
+from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
+from surgery.capture.exporting import export_model
+from surgery.capture.fallbacks import Fallbacks
+from surgery.capture.host_randomness import refused_host_randomness
+from surgery.capture.opaque import InputSizes, OpaqueCall, OpaqueModules
+from surgery.capture.recording import recorded_attention
+from surgery.capture.stand_ins import as_unsharded
+from surgery.capture.trace_settings import (
+    refused_assignments,
+    traceable_config,
+    without_checkpointing,
+    without_new_attributes,
+    without_saving,
+)
+from surgery.errors import CaptureError, UnsupportedOperationError
+from surgery.inputs.signature import Signature
+from surgery.metadata import Skip, where
+from surgery.private import export_patches, functionalized, refused_specialization, told_eager
+from surgery.shapes import Lengths, to_expr
+
+_captures = itertools.count()
+
+
+@dataclass
+class Capture:
+    """A captured graph, and what is needed to call it and to read its outputs.
+
+    `lengths`, `batch`: the symbols of its sizes. `assumptions`: conditions on them under which the trace holds.
+    `constants`: tensors that the trace made, by a name that no other capture has. `calls`, `masks`, `opaque_calls`: the
+    records, by the numbers that nodes carry. `attempts`: what was tried to get through, for the report. `sides`: those
+    taken of the model's branches on data, in order.
+    """
+
+    graph: fx.Graph
+    lengths: Lengths
+    batch: sympy.Symbol | None
+    output_spec: pytree.TreeSpec
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    assumptions: list[sympy.Basic] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
+    masks: list[RecordedMask] = field(default_factory=list)
+    opaque_calls: tuple[OpaqueCall, ...] = ()
+    attempts: tuple[Skip, ...] = ()
+    sides: Sides = ()
+
+
+def capture(model: nn.Module, signature: Signature, example: tuple[int, ...], sides: Sides | None = None) -> Capture:
+    """Trace `model` for `signature` with `torch.export` on an example of these sizes: B sequences of S tokens (and T).
+
+    An example of one is captured for just that size: torch.export specializes ones. Modules that cannot be traced
+    become opaque (`opaque.py`). `sides` are those to take of branches on data (`branches.py`).
+
+    Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
+    """
+    if not signature.letters:
+        raise CaptureError(f"expected sequences of two tokens or more, found {signature} of one. Pad it to two.")
+    fallbacks = Fallbacks(sides)
+    while True:
+        try:
+            captured, attempts = trace_around(model, partial(_trace, model, signature, example, fallbacks))
+        except CaptureError as error:
+            if not fallbacks.advance(error):
+                raise
+        else:
+            captured.attempts = (*attempts, *describe_branches(captured.graph))
+            return captured
+
+
+def _trace(
+    model: nn.Module, signature: Signature, example: tuple[int, ...], fallbacks: Fallbacks, opaque: OpaqueModules
+) -> Capture:
+    sizes = InputSizes()
+    with ExitStack() as stack:
+        stack.enter_context(without_new_attributes(model))
+        recording = stack.enter_context(recorded_attention(model))
+        stack.enter_context(traceable_config(model))
+        stack.enter_context(without_checkpointing(model))
+        stack.enter_context(without_saving())
+        stack.enter_context(as_unsharded(model))
+        stack.enter_context(refuse_custom_backward())
+        stack.enter_context(export_patches())
+        stack.enter_context(refused_specialization(SpecializedError))
+        stack.enter_context(told_eager(model) if fallbacks.is_told_eager else nullcontext())
+        stack.enter_context(refused_host_randomness(f"the forward of {type(model).__name__}"))
+        stack.enter_context(refused_assignments() if opaque.reasons else nullcontext())
+        stack.enter_context(opaque.recorded(sizes))
+        stack.enter_context(_flat_forward(model, signature, recording, sizes))
+        try:
+            program, ranges = export_model(model, signature, example, fallbacks)
+            if any(_is_mutable(node) for node in program.graph.nodes):
+                program = functionalized(program)
+        except CaptureError:
+            raise
+        except Exception as error:
+            stopped = f"{_first_lines(error)}{find_place(error)}"
+            raise CaptureError(
+                f"torch.export cannot capture {type(model).__name__} for {signature}: {stopped}. "
+                "Expected a forward without data-dependent control flow, dynamic in batch and sequence length. "
+                "Run the model's code through torch.export.export(strict=False) to see where it stops."
+            ) from error
+    _refuse_subgraphs(program)
+    refuse_nonlinear_operators(program.graph)
+    captured = _to_capture(program, signature)
+    captured.assumptions += _bounds(captured.batch, ranges["b"]) if captured.batch is not None else []
+    for letter, length in zip(signature.letters, captured.lengths, strict=True):
+        captured.assumptions += _bounds(length, ranges[letter])
+    captured.calls, captured.masks = recording.calls, recording.masks
+    captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
+    return captured
+
+
+def _bounds(size: sympy.Symbol, dim: Dim) -> list[sympy.Basic]:
+    lower = [sympy.Ge(size, dim.min)] if dim.min else []
+    return [*lower, sympy.Le(size, dim.max)] if isinstance(dim.max, int) else lower
+
+
+class SpecializedError(CaptureError):
+    """The model's code needs, as a plain number, a size that varies from call to call: to loop over tokens, mostly."""
+
+    def __init__(self) -> None:
+        super().__init__("the code needs as a number a size that varies from call to call")
+
+
+def _first_lines(error: Exception) -> str:
+    """What an exporter's message says first: its first two lines, as the second often has the cause."""
+    lines = [line.strip(" -.") for line in str(error).splitlines() if line.strip()]
+    return ": ".join(lines[:2])[:500] if lines else type(error).__name__
+
+
+@contextmanager
+def _flat_forward(model: nn.Module, signature: Signature, recording: Recording, sizes: InputSizes) -> Iterator[None]:
+    """Give the model a forward with exactly the signature's tensors as parameters, which reads their sizes."""
+    installed = model.__dict__.pop("forward", None)
+    original = model.forward
+
+    def forward(**tensors: Tensor) -> Any:
+        recording.tensors = tensors
+        sizes.read((tensors[tensor.name], tensor.dims) for tensor in signature.tensors)
+        return original(**tensors, **dict(signature.constants))
+
+    parameters = [inspect.Parameter(t.name, inspect.Parameter.KEYWORD_ONLY) for t in signature.tensors]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    try:
+        model.forward = forward
+        yield
+    finally:
+        del model.forward
+        if installed is not None:
+            model.forward = installed
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
+    """Turn lifted parameters into `get_attr` nodes on the live model, and find the symbols of the sizes."""
+    _refuse_mutations(program)
+    graph = program.graph_module.graph
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    number = next(_captures)
+    constants: dict[str, Tensor] = {}
+    inputs: list[fx.Node] = []
+    for node in list(graph.find_nodes(op="placeholder")):
+        spec = specs[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+            continue
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            assert spec.target is not None
+            node.name = f"{node.name}_of_{number}"
+            constants[node.name] = program.constants[spec.target]
+        _replace_by_attribute(graph, node, _path_of(node, spec))
+    names = [tensor.name for tensor in signature.tensors]
+    if [node.name for node in inputs] != names:
+        raise CaptureError(f"expected the graph's inputs to be {names}, found {[node.name for node in inputs]}")
+    lengths = tuple(_length(letter, signature, inputs) for letter in signature.letters)
+    batch = _size("b", signature, inputs)[1]
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    graph.owning_module = program.graph_module
+    return Capture(graph, lengths, batch if isinstance(batch, sympy.Symbol) else None, spec, constants)
+
+
+def _path_of(node: fx.Node, spec: InputSpec) -> str:
+    """Where on the model a lifted value is looked up when the graph runs."""
+    assert spec.target is not None
+    if spec.kind is InputKind.CUSTOM_OBJ:
+        raise UnsupportedOperationError(
+            f"the forward uses an object that a graph cannot hold ({spec.target}), such as a torch.Generator. "
+            "Expected tensors, and random numbers of torch's default generators. Leave out generator=."
+        )
+    return f"surgery.constants.{node.name}" if spec.kind is InputKind.CONSTANT_TENSOR else spec.target
+
+
+def _replace_by_attribute(graph: fx.Graph, node: fx.Node, target: str) -> None:
+    body = next(other for other in graph.nodes if other.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(body):
+        attribute = graph.create_node("get_attr", target, name=node.name)
+    attribute.meta = dict(node.meta)
+    node.replace_all_uses_with(attribute)
+    graph.erase_node(node)
+
+
+def _refuse_subgraphs(program: ExportedProgram) -> None:
+    """Refuse operators over graphs of their own, which no rule follows, but for the blocks that are inlined later."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target not in (SET_GRAD, AUTOCAST):
+            raise CaptureError(
+                f"{where(node)} is an operator over graphs of its own, such as torch.cond, scan and what stands for a "
+                "custom op that writes to its inputs. Expected plain operations. Write it without, as a module of "
+                "its own, which is then called whole."
+            )
+
+
+def _refuse_mutations(program: ExportedProgram) -> None:
+    mutated = [s.target for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
+    if mutated:
+        raise CaptureError(
+            f"the forward writes to {mutated[0]}, a buffer or input. Expected a forward that only computes: "
+            "ranks would keep different copies. Remove the buffer update, or run it outside the forward."
+        )
+
+
+def _length(letter: str, signature: Signature, inputs: list[fx.Node]) -> sympy.Symbol:
+    name, length = _size(letter, signature, inputs)
+    if not isinstance(length, sympy.Symbol):
+        raise CaptureError(
+            f"the model fixes the sequence length of {name} to {length} while it is traced. "
+            "Expected a forward that works for any length: it branches on, or loops over, the length."
+        )
+    return length
+
+
+def _size(letter: str, signature: Signature, inputs: list[fx.Node]) -> tuple[str, sympy.Expr | None]:
+    """The symbol that stands for the size called `letter`, and an input that has it."""
+    for tensor, node in zip(signature.tensors, inputs, strict=True):
+        if letter in tensor.dims:
+            return node.name, to_expr(node.meta["val"].shape[tensor.dims.index(letter)])
+    return "", None

@@ -1,0 +1,81 @@
+"""The call of `torch.export`: example inputs, which of their sizes are dynamic, and between which bounds.
+
+input_ids [b, s]  ->  ones([2, 64]), batch and sequence dynamic
+fails: "sequence = Dim('sequence', max=512)"  ->  asked again within that bound
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+from surgery.capture.fallbacks import Fallbacks
+from surgery.inputs.signature import Signature, TensorInput
+from surgery.private import UserError
+
+DIM_NAMES = {"s": "sequence", "t": "decoder_sequence"}
+EXAMPLE_COUNT = 3
+"""The size, in an example, of a dimension that has its own length on every call."""
+MOST_REFINEMENTS = 4
+
+
+def export_model(
+    model: nn.Module, signature: Signature, example: tuple[int, ...], fallbacks: Fallbacks
+) -> tuple[ExportedProgram, dict[str, Dim]]:
+    """The exported program, and the ranges that it serves: of the batch size "b", and of each sequence's length.
+
+    A table of positions bounds a length from above, a convolution's kernel from below, a branch on a size on its side.
+    torch.export says so when it fails, and is asked again.
+    """
+    sizes = dict(zip(("b", *signature.letters), example, strict=True))
+    examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
+    dims = {"b": Dim("batch"), "n": Dim("count")}
+    dims |= {letter: Dim(DIM_NAMES[letter]) for letter in signature.letters}
+    for remaining in reversed(range(MOST_REFINEMENTS)):
+        try:
+            with fallbacks.follow():
+                program = torch.export.export(
+                    model,
+                    (),
+                    examples,
+                    dynamic_shapes=_dynamic_shapes(signature, sizes, dims),
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+        except UserError as error:
+            if not remaining or not _refine(dims, error):
+                raise
+        else:
+            return program, dims
+    raise AssertionError("the last refinement either returns or raises")
+
+
+def _refine(dims: dict[str, Dim], error: UserError) -> bool:
+    """Narrow `dims` to the ranges that `error` suggests; False where it suggests another thing than ranges."""
+    try:
+        refined = refine_dynamic_shapes_from_suggested_fixes(error.msg, {letter: (dims[letter],) for letter in dims})
+    except (UserError, AssertionError):
+        return False
+    assert isinstance(refined, dict)
+    suggested = {letter: dim for letter, (dim,) in refined.items()}
+    is_range = all(type(dim) is Dim for dim in suggested.values())  # an int or a multiple is none
+    if not is_range or str(suggested["n"]) != str(dims["n"]):  # counts are no size that a program is found by
+        return False
+    dims.update(suggested)
+    return True
+
+
+def _dynamic_shapes(signature: Signature, sizes: dict[str, int], dims: dict[str, Dim]) -> dict[str, dict[int, Dim]]:
+    dynamic = {letter: dim for letter, dim in dims.items() if sizes.get(letter, EXAMPLE_COUNT) > 1}
+    return {
+        tensor.name: {d: dynamic[str(size)] for d, size in enumerate(tensor.dims) if size in dynamic}
+        for tensor in signature.tensors
+    }
+
+
+def _example(tensor: TensorInput, sizes: dict[str, int]) -> Tensor:
+    letters = {**sizes, "n": EXAMPLE_COUNT}
+    shape = [letters[dim] if isinstance(dim, str) else dim for dim in tensor.dims]
+    return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,182 @@
+"""The rewritten graphs of one model: the one that serves a call is found, or captured where there is none yet.
+
+a call  ->  signature: its arguments, the model as it is now  ->  program: captured for it, within its assumptions
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.attention.recorded import DOCUMENT_ENDS
+from surgery.axis import Axis
+from surgery.capture.branches import OtherBranchError, Sides
+from surgery.capture.capture import Capture, capture
+from surgery.engine_checks import check_engine
+from surgery.engines import hooked_modules
+from surgery.errors import CaptureError
+from surgery.inputs.examples import DEFAULT_EXAMPLE_BATCH_SIZE, example_lengths
+from surgery.inputs.images import ImageMerger
+from surgery.inputs.signature import BoundCall, Constants, Signature, TensorInputs, autocast_dtype
+from surgery.mesh import SequenceMesh
+from surgery.metadata import Context
+from surgery.options import Options
+from surgery.pipeline import run_pipeline
+from surgery.private import GroupName
+from surgery.programs.checkpointing import checkpointed_layers
+from surgery.programs.program import Program, build_program, relink
+from surgery.programs.segments import Cuts
+from surgery.programs.state import check_state, fingerprint
+from surgery.recipe import SEQUENCE_PARALLEL
+
+DealOut = Callable[[Tensor, int], Tensor]
+
+
+class Programs:
+    """The programs of `model` on its mesh, or on rank 0 of P where the model is only looked at.
+
+    Attributes:
+        captured: in the order of the calls they were captured for.
+        constants: the tensors that traces made; a graph reads them as `model.surgery.constants.NAME`.
+    """
+
+    def __init__(self, model: nn.Module, options: Options, mesh: SequenceMesh | None, images: ImageMerger) -> None:
+        self.model = model
+        self.options = options
+        self.mesh = mesh
+        self.images = images
+        self.captured: list[Program] = []
+        self.constants = types.SimpleNamespace()
+
+    def copied_for(self, model: nn.Module, mesh: SequenceMesh | None, images: ImageMerger) -> Programs:
+        """The same programs for a copy of the model."""
+        twin = Programs(model, self.options, mesh, images)
+        twin.captured, twin.constants = list(self.captured), self.constants
+        return twin
+
+    @property
+    def axis(self) -> Axis:
+        return self.mesh.axis if self.mesh is not None else Axis(self.options.sp_size, 0, GroupName("sp"))
+
+    def run(self, call: BoundCall, deal_out: DealOut | None) -> Any:
+        """The model's output for `call`, of the program that takes its data's sides of the model's branches."""
+        signature = self.read_signature(*call.kind)
+        sides = None
+        while True:
+            program = self._find_fitting(signature, call.sizes, sides)
+            drawn = torch.get_rng_state() if program.sides else None
+            try:
+                return program.run(self.model, call.tensors, deal_out)
+            except OtherBranchError as error:
+                sides = (*program.sides[: error.index], error.is_taken)
+                assert drawn is not None
+                torch.set_rng_state(drawn)  # the other side's seeds are the same: a branch may be on a draw
+
+    def run_while_compiling(self, call: BoundCall, deal_out: DealOut | None) -> Any:
+        """The same for Dynamo, which makes constants of sizes that are asked for: only where they matter."""
+        inputs, constants = call.kind
+        program = self.captured[find_while_compiling(self, inputs, constants, self.model.training, None)]
+        if program.has_assumptions:
+            program = self.captured[find_while_compiling(self, inputs, constants, self.model.training, call.sizes)]
+        return program.run(self.model, call.tensors, deal_out)
+
+    def prepare(self, call: BoundCall) -> Program:
+        """The program for a bound call, captured now if there is none."""
+        signature = self.read_signature(*call.kind)
+        return self.captured[self.find(signature, call.sizes)]
+
+    def read_signature(self, inputs: TensorInputs, constants: Constants) -> Signature:
+        """The signature of a call of the model as it is now. Raises where a graph would drop something of it."""
+        check_state(self.model)
+        if self.mesh is not None:
+            check_engine(self.model, self.options.gradients, self.mesh)
+        autocast = autocast_dtype(inputs[0].device.type)
+        return Signature(inputs, constants, self.model.training, autocast, fingerprint(self.model))
+
+    def find(self, signature: Signature, sizes: tuple[int, ...] | None, sides: Sides | None = None) -> int:
+        """The index of the program for a call, captured now if there is none.
+
+        `sizes` (B, S, T): one that serves them. `sides`: one that begins with those of the model's branches on data.
+        """
+        for index, program in enumerate(self.captured):
+            is_found = program.signature == signature and program.takes(sides)
+            if is_found and (sizes is None or program.serves(*sizes)):
+                self.captured[index] = relink(program, find_cuts(self.model))
+                return index
+        lengths = example_lengths(self.options.seq_length)[: len(signature.letters)]
+        self.captured.append(self._build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, *lengths), sides))
+        return len(self.captured) - 1
+
+    def _find_fitting(self, signature: Signature, sizes: tuple[int, ...], sides: Sides | None) -> Program:
+        program = self.captured[self.find(signature, None, sides)]
+        return self.captured[self.find(signature, sizes, sides)] if program.has_assumptions else program
+
+    def _build(self, signature: Signature, example: tuple[int, ...], sides: Sides | None) -> Program:
+        """Capture the model for `signature`, with an example of these sizes, and run the recipe over its graph."""
+        if signature.autocast_dtype is not None:
+            raise CaptureError(
+                "torch.autocast is on, and the graph would bake its casts in. Expected plain dtypes. "
+                "Cast the model instead (model.to(torch.bfloat16)), or leave the autocast block."
+            )
+        captured = self._capture(signature, example, sides)
+        context = self._make_context(captured, signature)
+        run_pipeline(SEQUENCE_PARALLEL, captured.graph, context)
+        for name, value in captured.constants.items():
+            setattr(self.constants, name, value)
+        return build_program(captured, signature, context, find_cuts(self.model))
+
+    def _capture(self, signature: Signature, example: tuple[int, ...], sides: Sides | None) -> Capture:
+        try:
+            return capture(self.model, signature, example, sides)
+        except CaptureError as error:
+            reason = self.images.why_unmerged(signature)
+            if reason is None:
+                raise
+            raise CaptureError(
+                f"{str(error).rstrip('.')}. Its images cannot be made embeddings in front of the graph either: "
+                f"{reason}. Transform the decoder alone, model.get_decoder(), and gather its hidden states."
+            ) from error
+
+    def _make_context(self, captured: Capture, signature: Signature) -> Context:
+        options = self.options
+        return Context(
+            self.axis,
+            captured.lengths,
+            captured.batch,
+            sizes={},
+            fixed_length=None if options.seq_length_is_variable else options.seq_length,
+            on_unknown=options.on_unknown,
+            gradients=options.gradients,
+            has_document_ends=any(tensor.name == DOCUMENT_ENDS for tensor in signature.tensors),
+            calls=captured.calls,
+            masks=captured.masks,
+            opaque_calls=captured.opaque_calls,
+            attempts=captured.attempts,
+            assumptions=captured.assumptions,
+        )
+
+
+def find_cuts(model: nn.Module) -> Cuts:
+    """The modules that have to be called: those that carry hooks, and those to be recomputed in the backward."""
+    return Cuts(hooked_modules(model), checkpointed_layers(model))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def find_while_compiling(
+    programs: Programs, inputs: TensorInputs, constants: Constants, is_training: bool, sizes: tuple[int, ...] | None
+) -> int:
+    """`find` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach.
+
+    `is_training` is the model's, which Dynamo compiles again for.
+    """
+
+    def find() -> int:
+        return programs.find(programs.read_signature(inputs, constants), sizes)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(find).result()

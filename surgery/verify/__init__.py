@@ -1,0 +1,9 @@
+"""Proof: a model whole and sharded, side by side.
+
+comparison             how far loss, outputs and every unscaled gradient are apart
+ranks, simulation      the ranks: processes joined by gloo, or threads of this one
+trial                  one tiny model and one kind of input (`batches`), whole and on P ranks
+verify                 `surgery verify`: one architecture, every kind of input
+sweep, coverage        every architecture (`catalog`), and the page that is left of it
+shrink                 a configuration made small; `layer_kinds` and `oddities` keep it valid
+"""

@@ -1,0 +1,182 @@
+"""A trial: one tiny model, one kind of input, whole and on P ranks, real or simulated; what came of it is its outcome.
+
+exact        loss, outputs and every gradient within the tolerance
+gathered     exact too, with operations that every rank runs whole: `cost` names them
+refused      transform, or the call, said no with an error of ours: `reason`
+failed       it raised any other error, or a rank was lost: `reason`
+unrunnable   the unsharded model cannot run on this input either: `reason`
+wrong        off by `error`, most of all `where`
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedConfig
+
+from surgery.api import restore, transform
+from surgery.errors import SurgeryError
+from surgery.verify.batches import Batch, is_applicable, make_batch
+from surgery.verify.comparison import TOLERANCE, float_is_double, run_sharded, run_simulated, run_whole, worst
+
+EXACT, GATHERED, REFUSED, FAILED = "exact", "gathered", "refused", "failed"
+UNRUNNABLE, WRONG = "unrunnable", "wrong"
+FINE = (EXACT, GATHERED)
+NOISE = 0.05
+LONGEST_REASON = 400
+MakeModel = Callable[[PreTrainedConfig], nn.Module]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one trial; `error` is the worst relative one, of the value called `where`."""
+
+    kind: str
+    verdict: str
+    reason: str = ""
+    error: float | None = None
+    where: str = ""
+    cost: str = ""
+    elapsed_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def try_model(make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: Sequence[str]) -> Iterator[Outcome]:
+    """The outcome of each of `kinds` on this rank, as they come; every rank calls this alike.
+
+    Where there is no process group, the ranks are simulated: one capture instead of P.
+    """
+    try:
+        model = build(make, config)
+    except Exception as error:
+        yield from (Outcome(kind, UNRUNNABLE, explain(error)) for kind in kinds)
+        return
+    with Twins(model, config, sp_size) as twins:
+        yield from (try_kind(twins, kind) for kind in kinds)
+
+
+def build(make: MakeModel, config: PreTrainedConfig) -> nn.Module:
+    """A model with random weights from a fixed seed, also where the class would start from zeros or ones."""
+    torch.manual_seed(0)
+    model = make(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * NOISE)
+    return model.train()
+
+
+class Twins:
+    """A model and its transformed twin, which all kinds of input share: a signature is captured once."""
+
+    def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int) -> None:
+        self.model, self.config, self.sp_size = model, config, sp_size
+        self.error: Exception | None = None
+        self._twin: Any = None
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Twins:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.model.parameters())
+
+    def transformed(self) -> Any:
+        """The twin, without gradients; None where `transform` raised `error`."""
+        if self._twin is None and self.error is None:
+            twin = copy.deepcopy(self.model)
+            try:
+                self._twin = transform(twin, self.sp_size)
+                self._closing.callback(restore, twin)
+            except Exception as error:
+                self.error = error
+        if self._twin is not None:
+            self._twin.zero_grad()
+        return self._twin
+
+    @functools.cached_property
+    def in_float64(self) -> Twins:
+        twin = copy.deepcopy(self.model).double()
+        for module in twin.modules():
+            if hasattr(getattr(module, "config", None), "_experts_implementation"):
+                module.config._experts_implementation = "eager"  # type: ignore[union-attr]  # grouped_mm has no float64
+        return self._closing.enter_context(Twins(twin, self.config, self.sp_size))
+
+
+def try_kind(twins: Twins, kind: str) -> Outcome:
+    """One trial in float32; what looks wrong there is measured again in float64, which tells errors from rounding."""
+    started = time.perf_counter()
+    outcome = _trial(twins, kind)
+    if outcome.verdict == WRONG and outcome.error is not None:
+        with float_is_double():
+            again = _trial(twins.in_float64, kind)
+        if again.verdict in FINE:
+            note = f"float32 rounding {outcome.error:.0e}, float64 {again.error:.0e}"
+            outcome = Outcome(kind, again.verdict, note, again.error, again.where, again.cost)
+    return Outcome(**{**outcome.to_dict(), "elapsed_s": round(time.perf_counter() - started, 1)})
+
+
+def _trial(twins: Twins, kind: str) -> Outcome:
+    if not is_applicable(kind, twins.model):
+        return Outcome(kind, UNRUNNABLE, "its forward takes no such arguments")
+    batch = make_batch(kind, twins.config)
+    try:
+        reference = run_whole(copy.deepcopy(twins.model), batch)
+    except Exception as error:
+        return Outcome(kind, UNRUNNABLE, explain(error))
+    model = twins.transformed()
+    if model is None:
+        assert twins.error is not None
+        return unanswered(kind, twins.error)
+    run = run_sharded if dist.is_initialized() else run_simulated
+    try:
+        own, where = worst(run(model, reference, batch))
+    except Exception as error:
+        return unanswered(kind, error)
+    largest, cost = _largest_of_ranks(own), describe_cost(model, batch)
+    verdict = WRONG if largest > TOLERANCE[twins.dtype] else GATHERED if cost else EXACT
+    return Outcome(kind, verdict, error=largest, where=where, cost=cost)
+
+
+def unanswered(kind: str, error: BaseException) -> Outcome:
+    """The outcome where sharding raised `error`: refused by us, or failed."""
+    return Outcome(kind, REFUSED if isinstance(error, SurgeryError) else FAILED, explain(error))
+
+
+def _largest_of_ranks(error: float) -> float:
+    if not dist.is_initialized():
+        return error
+    largest = torch.tensor(error, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def describe_cost(model: Any, batch: Batch) -> str:
+    """Which operations every rank runs whole for a call, counted: `conv1d x 2, cumsum`; "" where there are none."""
+    program = model.surgery.prepare(**batch)
+    counts: dict[str, int] = {}
+    for row in model.surgery.report(program).to_dict()["gathered"]:
+        name = row["first"]["operation"]
+        counts[name] = counts.get(name, 0) + row["count"]
+    return ", ".join(f"{name} x {count}" if count > 1 else name for name, count in sorted(counts.items()))
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line, with its class where it is not a refusal of ours."""
+    text = re.sub(r"\s+", " ", str(error))[:LONGEST_REASON]
+    return text if isinstance(error, SurgeryError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,128 @@
+"""`surgery verify`: does sequence parallelism compute this architecture's numbers? Proven on a shrunk model, here.
+
+config  --shrink-->  tiny model  --P processes on gloo-->  whole against sharded, for each kind of input
+
+kind           outcome    worst error   of
+plain          exact      2.1e-07       model.layers.1.mlp.up_proj.weight
+left-padded    gathered   1.9e-07       lm_head.weight                       cumsum x 2: whole on every rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedConfig
+
+from surgery.errors import ConfigurationError
+from surgery.verify.batches import KINDS
+from surgery.verify.catalog import Architecture, find_architecture
+from surgery.verify.ranks import RankPool, RanksLostError
+from surgery.verify.shrink import shrink
+from surgery.verify.trial import (
+    EXACT,
+    FAILED,
+    FINE,
+    GATHERED,
+    REFUSED,
+    UNRUNNABLE,
+    WRONG,
+    Outcome,
+    explain,
+    try_model,
+    unanswered,
+)
+
+FINE_CODE, REFUSED_CODE, WRONG_CODE = 0, 1, 3
+TIMEOUT_S = 300
+STYLES = {
+    EXACT: "green",
+    GATHERED: "yellow",
+    REFUSED: "red",
+    FAILED: "bold red",
+    UNRUNNABLE: "dim",
+    WRONG: "bold white on red",
+}
+WHAT_NEXT = {
+    WRONG_CODE: "Wrong or failed: do not train this architecture so, and please report this table.",
+    REFUSED_CODE: "What is refused raises a SurgeryError in training too; nothing is computed wrongly.",
+    FINE_CODE: "Loss, outputs and every unscaled gradient are the unsharded model's.",
+}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `surgery verify` found; renders as a table."""
+
+    class_name: str
+    sp_size: int
+    num_layers: int
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def exit_code(self) -> int:
+        verdicts = {outcome.verdict for outcome in self.outcomes}
+        if verdicts & {WRONG, FAILED}:
+            return WRONG_CODE
+        return REFUSED_CODE if REFUSED in verdicts or not verdicts & set(FINE) else FINE_CODE
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.class_name,
+            "sp_size": self.sp_size,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        layers = f"{self.num_layers} layers, one of each kind at least"
+        yield Text.assemble((self.class_name, "bold"), f", shrunk to {layers}, on {self.sp_size} ranks\n")
+        yield outcome_table(self.outcomes)
+        yield Text(f"\n{WHAT_NEXT[self.exit_code]}")
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> Table:
+    """One row for each kind of input."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="dim")
+    for name in ("input", "outcome", "worst error", "of", "what it costs, or why not"):
+        table.add_column(name, overflow="fold")
+    for outcome in outcomes:
+        error = f"{outcome.error:.1e}" if outcome.error is not None else ""
+        cost = f"{outcome.cost}: whole on every rank" if outcome.cost else outcome.reason
+        cells = (outcome.kind, Text(outcome.verdict, STYLES[outcome.verdict]), error, outcome.where, Text(cost))
+        table.add_row(*cells)
+    return table
+
+
+def verify(config: PreTrainedConfig, sp_size: int, done: Callable[[str], None] = lambda kind: None) -> Verification:
+    """Shrink `config` and try every kind of input on `sp_size` ranks; `done` is called with each kind when it is."""
+    architecture = find_architecture(config)
+    try:
+        small = architecture.as_decoder(shrink(config, sp_size))
+    except Exception as error:
+        raise ConfigurationError(f"{type(config).__name__} cannot be shrunk: {explain(error)}") from error
+    outcomes = tuple(_outcomes(architecture, small, sp_size, done))
+    depth = int(getattr(small.get_text_config(), "num_hidden_layers", 0))
+    return Verification(architecture.class_name, sp_size, depth, outcomes)
+
+
+def _outcomes(
+    architecture: Architecture, config: PreTrainedConfig, sp_size: int, done: Callable[[str], None]
+) -> Iterator[Outcome]:
+    pool, kinds = RankPool(sp_size, TIMEOUT_S), list(KINDS)
+    waiting = list(kinds)
+    try:
+        for by_rank in pool.stream(try_model, architecture.make, config, sp_size, kinds):
+            yield by_rank[0]
+            done(waiting.pop(0))
+    except (RanksLostError, AssertionError) as error:
+        yield unanswered(waiting[0], error)
+    finally:
+        pool.close()
