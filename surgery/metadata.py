@@ -13,7 +13,7 @@ from torch import fx
 
 from surgery.attention.recorded import RecordedCall, RecordedMask
 from surgery.axis import Axis
-from surgery.capture.opaque import OpaqueCall
+from surgery.capture.opaque_calls import OpaqueCall
 from surgery.exchange.head_plan import HeadPlan
 from surgery.exchange.row_plan import RowPlan
 from surgery.placement import REPLICATED, Placement

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgery import CaptureError, UnsupportedOperationError, restore, transform
 from surgery.capture.learning import learn_results
-from surgery.capture.opaque import Arguments, TensorSpec
+from surgery.capture.opaque_calls import Arguments, TensorSpec
 from surgery.verify.comparison import compare, relative_error
 from surgery.verify.ranks import RankPool
 from tests.opaque_modules import EXACT, REFUSED, Halving, Loop, make_opaque, make_reading

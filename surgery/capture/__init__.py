@@ -1,9 +1,11 @@
 """Capture: a model and a call of it become one flat graph.
 
-capture, exporting            the trace, and the call of torch.export beneath it
-recording, recording_masks    attention calls and masks are written down on the way, not computed
-trace_settings, stand_ins     what is set otherwise for the time of a trace, and put back
-branches, fallbacks           a branch on data is followed on one side; what does not trace is tried otherwise
-culprits, opaque, learning    modules that no trace can follow are found, made one node, and learnt by running them
-custom_backward, linearity, host_randomness    what a trace would lose without a word: refused here
+capture, exporting             the trace, and the call of torch.export beneath it
+recording, recording_masks     attention calls and masks are written down on the way, not computed
+trace_settings, stand_ins      what is set otherwise for the time of a trace, and put back
+branches, fallbacks            a branch on data is followed on one side; what does not trace is tried otherwise
+culprits, opaque, learning     modules that no trace can follow are found, made one node, and learnt by running
+opaque_calls                   the calls of those as data
+
+What a trace would lose without a word is refused by `custom_backward`, `linearity` and `host_randomness`.
 """

@@ -31,7 +31,8 @@ from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonli
 from surgery.capture.exporting import export_model
 from surgery.capture.fallbacks import Fallbacks
 from surgery.capture.host_randomness import refused_host_randomness
-from surgery.capture.opaque import InputSizes, OpaqueCall, OpaqueModules
+from surgery.capture.opaque import OpaqueModules
+from surgery.capture.opaque_calls import InputSizes, OpaqueCall
 from surgery.capture.recording import recorded_attention
 from surgery.capture.stand_ins import as_unsharded
 from surgery.capture.trace_settings import (

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.capture.host_randomness import refused_host_randomness
 from surgery.capture.linearity import is_backward_linear, is_within
-from surgery.capture.opaque import CONSTANTS, Arguments, Number, Results, TensorSpec
+from surgery.capture.opaque_calls import CONSTANTS, Arguments, Number, Results, TensorSpec
 from surgery.errors import CaptureError
 from surgery.private import FakeTensorMode
 from surgery.randomness import draws

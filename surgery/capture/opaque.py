@@ -9,20 +9,19 @@ runs and what autograd differentiates. It is not shared between the ranks, and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
 import sympy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgery.capture.opaque_calls import Arguments, InputSizes, Number, OpaqueCall, Results, TensorSpec, describe
 from surgery.errors import CaptureError, InputError
-from surgery.shapes import Shape, shape_of, to_expr
-
-CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 SCHEMA = (
     "(Tensor[] operands, int call, SymInt[] numbers, SymInt[] sizes, int[] ndims, ScalarType[] dtypes, Device device)"
@@ -67,110 +66,6 @@ def split_sizes(sizes: Sequence[int], ndims: Sequence[int]) -> list[list[int]]:
 OPAQUE = torch.ops.surgery.opaque.default
 
 
-@dataclass
-class InputSizes:
-    """The traced sizes of a model's inputs.
-
-    Two inputs may begin with symbols of their own for one size: `names` has for each symbol the one that is used here.
-    """
-
-    sizes: dict[sympy.Expr, torch.SymInt] = field(default_factory=dict)
-    names: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
-
-    def read(self, tensors: Iterable[tuple[Tensor, tuple[str | int, ...]]]) -> None:
-        """Take the sizes of each tensor, whose dimensions have letters or numbers."""
-        self.sizes.clear()
-        first: dict[str | int, sympy.Expr] = {}
-        for tensor, letters in tensors:
-            for size, letter in zip(tensor.shape, letters, strict=True):
-                if isinstance(size, torch.SymInt):
-                    self.sizes[to_expr(size)] = size
-                    self.names[to_expr(size)] = first.setdefault(letter, to_expr(size))
-
-    @property
-    def example(self) -> dict[sympy.Expr, int]:
-        """What the inputs' sizes are in the example that is traced."""
-        return {expr: size.node.hint for expr, size in self.sizes.items()}
-
-    def rename(self, shape: Iterable[sympy.Expr]) -> Shape:
-        return tuple(expr.subs(self.names) for expr in shape)
-
-    def size(self, expr: sympy.Expr) -> Any:
-        """The traced size that `expr`, a product, stands for."""
-        size: Any = 1
-        for factor in sympy.Mul.make_args(expr):
-            size = size * (int(factor) if factor.is_Integer else self.sizes[factor])
-        return size
-
-
-class TensorSpec(NamedTuple):
-    """A tensor among the arguments or the results of a call."""
-
-    shape: Shape
-    dtype: torch.dtype
-    device: torch.device
-
-
-class Number(NamedTuple):
-    """A size among the arguments of a call."""
-
-    expr: sympy.Expr
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What a module is called with: `TensorSpec`s, `Number`s and constants, flattened."""
-
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-
-    @property
-    def symbols(self) -> tuple[sympy.Symbol, ...]:
-        exprs = [e for leaf in self.leaves for e in _expressions(leaf)]
-        return tuple(sorted({s for e in exprs for s in e.free_symbols}, key=str))
-
-    def arrange(self, operands: Sequence[Any], numbers: Sequence[Any]) -> Iterator[Any]:
-        """Operands and numbers in the order in which the module takes them."""
-        tensors, sizes = iter(operands), iter(numbers)
-        for leaf in self.leaves:
-            if isinstance(leaf, (TensorSpec, Number)):
-                yield next(tensors) if isinstance(leaf, TensorSpec) else next(sizes)
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a module returns: `TensorSpec`s and constants, flattened; and whether it draws random numbers on the way."""
-
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    is_random: bool
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorSpec))
-
-
-@dataclass(frozen=True)
-class OpaqueCall:
-    """One call of one module in a captured graph."""
-
-    path: str
-    module_class: str
-    reason: str
-    arguments: Arguments
-    results: Results
-
-    @property
-    def why(self) -> str:
-        return f"{self.module_class} is called whole on every rank, as it could not be traced: {self.reason}"
-
-
-def _expressions(leaf: Any) -> tuple[sympy.Expr, ...]:
-    if isinstance(leaf, TensorSpec):
-        return leaf.shape
-    return (leaf.expr,) if isinstance(leaf, Number) else ()
-
-
 class UnlearnedError(CaptureError):
     """The trace met a call whose results are not known yet: they are learnt outside it, and it starts anew."""
 
@@ -212,13 +107,13 @@ class OpaqueModules:
         self.calls.clear()
         with ExitStack() as stack:
             for path, module in list(self.paths()):
-                stack.enter_context(_replaced_forward(module, self._recorder(path, module, sizes)))
+                stack.enter_context(mock.patch.object(module, "forward", self._recorder(path, module, sizes)))
             yield
 
     def _recorder(self, path: str, module: nn.Module, sizes: InputSizes) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             values, spec = pytree.tree_flatten((args, kwargs))
-            arguments = Arguments(tuple(_describe(value, path, sizes) for value in values), spec)
+            arguments = Arguments(tuple(describe(value, path, sizes) for value in values), spec)
             results = self.learnt.get((path, arguments))
             if results is None:
                 raise UnlearnedError(type(module), arguments, sizes.example)
@@ -228,31 +123,6 @@ class OpaqueModules:
             return _emit(call, len(self.calls) - 1, values, sizes)
 
         return forward
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-def _describe(value: Any, path: str, sizes: InputSizes) -> Any:
-    if isinstance(value, Tensor):
-        return TensorSpec(sizes.rename(shape_of(value)), value.dtype, value.device)
-    if isinstance(value, torch.SymInt):
-        return Number(sizes.rename((to_expr(value),))[0])
-    if isinstance(value, CONSTANTS):
-        return value
-    raise CaptureError(
-        f"{path} is called with a {type(value).__name__}. Expected tensors, numbers and words: what else it holds "
-        "could not be passed on."
-    )
 
 
 def _emit(call: OpaqueCall, index: int, values: list[Any], known: InputSizes) -> Any:

@@ -17,34 +17,25 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import find_packed_sequence_indices
 
-from surgery.attention.mask_making import TORCH_SDPA, mask_maker
 from surgery.axis import Axis
 from surgery.errors import InputError
 from surgery.exchange.own_heads import cut_run
-from surgery.inputs.sharded_inputs import Runs, assemble
+from surgery.inputs.sharded_inputs import assemble
 from surgery.inputs.signature import BoundCall
+from surgery.ulysses.slices import SEPARATE, Pattern, check_positions, draw, find_documents, read_slices
 
 SINKS = ("s_aux", "sinks")
 OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 REMEMBERED = 4
-UNKNOWN, SEPARATE, JOINED = 0, 1, 2
 NO_MASK = (
     "position_ids hold several documents, and the model drew no mask to keep them apart, as it does where it is given "
     "an attention_mask. Expected position_ids alone for packed documents. Leave the attention_mask out."
 )
-
-
-class Pattern(NamedTuple):
-    """Which keys a query sees: `is_causal` those behind it, `window` at most so many back."""
-
-    is_causal: bool
-    window: int | None
 
 
 @dataclass
@@ -119,7 +110,7 @@ class WholeArguments:
     ) -> Facts:
         batch_size, length = query.shape[0], query.shape[2]
         positions = None if positions is None else positions.expand(batch_size, -1)
-        said, rows = _read(mask, positions, pattern, query), None
+        said, rows = read_slices(mask, positions, pattern, query), None
         if mask is None and said.documents == SEPARATE and is_of_transformers(module) and not self.reads_descriptions:
             said = said._replace(problem=NO_MASK)
         given = {"padding": said.padding, "documents": said.padding.new_full((length,), said.documents)}
@@ -177,95 +168,6 @@ def _mask(query: Tensor, mask: Tensor | None, facts: Facts, pattern: Pattern) ->
         lowest = torch.finfo(query.dtype).min
         facts.mask = torch.where(drawn, torch.zeros((), dtype=query.dtype), lowest) if is_additive else drawn
     return facts.mask
-
-
-def draw(
-    pattern: Pattern, length: int, device: torch.device, padding: Tensor | None, documents: Tensor | None
-) -> Tensor:
-    """The boolean mask [B, 1, S, S] of a pattern: True where a query sees a key."""
-    given = padding if padding is not None else documents
-    mask: Tensor = mask_maker(TORCH_SDPA)(
-        batch_size=1 if given is None else given.shape[0],
-        query_length=length,
-        key_length=length,
-        device=device,
-        may_skip=False,
-        lifted=[],
-        padding=padding.bool() if padding is not None else None,
-        documents=documents,
-        **pattern._asdict(),
-    )
-    return mask
-
-
-class Said(NamedTuple):
-    """What a rank's arguments say of its own tokens; `problem` is what they do not say."""
-
-    padding: Tensor
-    documents: int = UNKNOWN
-    problem: str | None = None
-
-
-def _read(mask: Tensor | None, positions: Tensor | None, pattern: Pattern, query: Tensor) -> Said:
-    batch_size, length = query.shape[0], query.shape[2]
-    documents = None if positions is None else find_packed_sequence_indices(positions)
-    everything = torch.ones(batch_size, length, dtype=torch.long, device=query.device)
-    if mask is None:
-        return Said(everything, SEPARATE if documents is not None else UNKNOWN)
-    if mask.ndim == 2:
-        return Said(mask.long(), JOINED)
-    return read_block(mask, documents, pattern, everything) if mask.shape[3] == length else Said(everything)
-
-
-def read_block(mask: Tensor, documents: Tensor | None, pattern: Pattern, everything: Tensor) -> Said:
-    """What a shard's own block [B, 1, S/P, S/P] of a mask says: the padding, and whether documents are kept apart.
-
-    A token that is no padding sees itself, so the diagonal is the padding. The block must be what padding, documents
-    and the pattern draw: anything else says something of this shard that nobody says of the others.
-    """
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else 0
-    is_binary = mask.dtype == torch.bool or (mask.is_floating_point() and bool(((mask < lowest) | seen).all()))
-    if is_binary and mask.shape[1] == 1:
-        padding = seen[:, 0].diagonal(dim1=1, dim2=2).expand_as(everything)
-        length, device = mask.shape[2], mask.device
-        drawn = {kind: draw(pattern, length, device, padding, x) for kind, x in ((SEPARATE, documents), (JOINED, None))}
-        fitting = [kind for kind, block in drawn.items() if torch.equal(seen.expand_as(block), block)]
-        if fitting:
-            return Said(padding.long(), fitting[0] if len(fitting) == 1 else UNKNOWN)
-    return Said(
-        everything,
-        problem=f"an attention mask {list(mask.shape)} over this rank's own tokens, which is more than causality, "
-        "sliding_window, padding and position_ids, so it does not tell what the other ranks' tokens see. "
-        "Expected its rows over all keys, [B, 1, S/P, S]. Pass those, or use transform().",
-    )
-
-
-def check_positions(positions: Tensor, lengths: Runs, *, has_offsets: bool) -> None:
-    """Refuse positions that every rank counts from 0 again: what a model makes up where its caller passed none."""
-    restarting = torch.cat([torch.arange(length, device=positions.device) for length in lengths])
-    if max(lengths) > 1 and not has_offsets and bool((positions == restarting).all()):
-        raise InputError(
-            f"position_ids start again at 0 on each of {len(lengths)} ranks, as where a caller leaves them out. "
-            "Expected this rank's slice of the whole sequence's. Pass position_ids; for documents that do end there, "
-            "pass cu_seq_lens_q and cu_seq_lens_k too."
-        )
-
-
-def find_documents(positions: Tensor, said: Tensor) -> Tensor | None:
-    """The documents that are to be kept apart, or None: one alone, or some that the shards' masks join.
-
-    transformers looks for documents where it is given no padding mask, and not where it is given one.
-    """
-    documents, kinds = find_packed_sequence_indices(positions), set(said.unique().tolist())
-    if documents is None:
-        return None
-    if {SEPARATE, JOINED} <= kinds:
-        raise InputError(
-            "the masks of some ranks keep documents apart, and those of others do not. Expected one kind. "
-            "Pass position_ids and no attention_mask for packed documents."
-        )
-    return None if JOINED in kinds else documents
 
 
 def is_of_transformers(module: Any) -> bool:

@@ -15,7 +15,8 @@ from passes.canonicalize_sizes import CanonicalizeSizes
 from passes.inline_blocks import InlineBlocks
 from passes.insert_conversions import InsertConversions
 from passes.propagate_placements import PropagatePlacements
-from surgery.capture.opaque import Arguments, OpaqueCall, Results, TensorSpec, make_runner
+from surgery.capture.opaque import make_runner
+from surgery.capture.opaque_calls import Arguments, OpaqueCall, Results, TensorSpec
 from surgery.errors import InputError, UnsupportedOperationError
 from surgery.metadata import Skip
 from tests.golden import check_golden
