@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def transform(
     seq_length_is_variable: bool = True,
     check_inputs: CheckInputs = "first",
     inputs: Inputs = "whole",
+    example: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make a Hugging Face model sequence-parallel over `sp_size` ranks, in place, and return it.
 
@@ -55,6 +57,8 @@ def transform(
         inputs: "whole": every rank passes the same batch; "sharded": each passes its slice of every sequence, in the
             order of the ranks, and gets the logits of its own tokens.
         check_inputs: compare the batch between the ranks on a signature's "first" call, "always" or "never".
+        example: the whole batch of a step, by the names that the model's forward gives it: the call to capture now.
+            By default ids and labels. Others are captured when they come.
 
     Raises:
         ConfigurationError, CaptureError, UnsupportedOperationError: what was expected, found, where, and what to do.
@@ -65,6 +69,11 @@ def transform(
     )
     model = _load(model)
     _check_model(model)
+    if example is not None and not isinstance(example, Mapping):
+        raise ConfigurationError(
+            f"expected an example of a step's keyword arguments, found {type(example).__name__}. "
+            "Pass a dict, as in model(**batch)."
+        )
     if mesh is not None and mpu is not None:
         raise ConfigurationError("expected a mesh or an mpu, found both. Pass the one that has the groups to use.")
     given = mesh if mesh is not None else mpu
@@ -74,7 +83,7 @@ def transform(
         if groups is not None:
             check_agreement("options", options, groups.get_sequence_parallel_group() if given is not None else None)
         if sp_size > 1:
-            program = surgery.prepare(**example_call(model, seq_length))
+            program = surgery.prepare(**(example_call(model, seq_length) if example is None else example))
             _check_mixes_tokens(model, program)
     except BaseException:
         if groups is not None:

@@ -134,7 +134,9 @@ class ModelSurgery:
 
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
         """Capture and rewrite the graph for a call with these arguments, without running it."""
-        return self.prepare_call(self.bind(*args, **kwargs))
+        call = self.bind(*args, **kwargs)
+        check_call(call, self.options, self.model.training)
+        return self.prepare_call(call)
 
     def bind(self, *args: Any, **kwargs: Any) -> BoundCall:
         """The call that a graph is given for these arguments: embeddings in the place of ids and images."""

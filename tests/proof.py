@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,14 +32,13 @@ def prove(
 
 
 def prove_calls(
-    model: Any, sp_size: int, calls: Iterable[tuple[Callable[[Any], Any], dict[str, Any]]]
+    model: Any, sp_size: int, calls: Sequence[tuple[Callable[[Any], Any], dict[str, Any]]]
 ) -> tuple[list[dict[str, float]], int]:
     """The errors of each call of one transformed model, on this rank, and how many graphs they took.
 
     A call is a change, made to the model and its transformed twin, and a batch.
     """
-    twin = transform(copy.deepcopy(model), sp_size)
-    found = []
+    twin, found = transform(copy.deepcopy(model), sp_size, example=calls[0][1]), []
     for change, batch in calls:
         for each in (model, twin):
             change(each)
@@ -48,6 +47,13 @@ def prove_calls(
     num_programs = len(twin.surgery.programs)
     restore(twin)
     return found, num_programs
+
+
+def prove_batches(
+    name: str, sp_size: int, batches: Iterable[dict[str, Any]], **changes: Any
+) -> tuple[list[dict[str, float]], int]:
+    """The errors of each batch of one tiny model, on this rank, and how many graphs they took."""
+    return prove_calls(make_model(name, **changes), sp_size, [(lambda model: None, batch) for batch in batches])
 
 
 def assert_exact(results: list[dict[str, float]], dtype: torch.dtype = torch.float32) -> None:

@@ -17,6 +17,7 @@ from surgery import (
     ConfigurationError,
     InputError,
     LaunchError,
+    SurgeryError,
     UnsupportedOperationError,
     restore,
     transform,
@@ -45,6 +46,21 @@ def test_sp_size_must_be_a_positive_integer(sp_size: Any) -> None:
 def test_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         transform(make_model("llama"), 4, **options)
+
+
+EXAMPLES: list[tuple[Any, type[SurgeryError], str]] = [
+    ([1, 2], ConfigurationError, "keyword arguments, found list"),
+    ({"words": torch.zeros(2, 8)}, InputError, "a batch of token sequences.*found words"),
+    ({**make_batch(2, 8), "output_attentions": True}, InputError, "output_attentions=True"),
+]
+
+
+@pytest.mark.parametrize(("example", "kind", "words"), EXAMPLES)
+def test_examples(example: Any, kind: type[SurgeryError], words: str) -> None:
+    model = make_model("llama")
+    with pytest.raises(kind, match=words):
+        transform(model, 2, example=example)
+    assert "forward" not in model.__dict__
 
 
 def test_transformed_already_then_restored() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from surgery.verify.comparison import compare, gradients_of, relative_error
 from surgery.verify.ranks import RankPool
-from tests.proof import assert_exact, prove
+from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches
 from tests.sampling import sampled
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
 
@@ -46,10 +46,18 @@ def test_eval_mode(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(prove, name, 2, is_training=False))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_batch_sizes(ranks: RankPool, name: str, batch_size: int) -> None:
-    assert_exact(ranks.run(prove, name, 4, batch_size=batch_size))
+def _without_labels(start: int, end: int) -> dict[str, Any]:
+    """A batch without labels from token `start` to `end`."""
+    batch = make_batch(2, 32)
+    batch["labels"][:, start:end] = -100
+    return batch
+
+
+@pytest.mark.parametrize("name", sampled(["llama", "gpt2"], {"llama"}))
+def test_batches(ranks: RankPool, name: str) -> None:
+    """A shard without labels, labels in one shard only, three sequences, and one, which has a graph of its own."""
+    batches = [_without_labels(8, 16), _without_labels(8, 32), make_batch(3, 32), make_batch(1, 32)]
+    assert_calls_exact(ranks.run(prove_batches, name, 4, batches), num_programs=2)
 
 
 def test_multi_query_heads(ranks: RankPool) -> None:
@@ -58,18 +66,6 @@ def test_multi_query_heads(ranks: RankPool) -> None:
 
 def test_tied_embeddings(ranks: RankPool) -> None:
     assert_exact(ranks.run(prove, "llama", 4, tie_word_embeddings=True))
-
-
-def test_labels_of_a_whole_shard_ignored(ranks: RankPool) -> None:
-    batch = make_batch(2, 32)
-    batch["labels"][:, 8:16] = -100
-    assert_exact(ranks.run(prove, "llama", 4, batch=batch))
-
-
-def test_labels_only_in_one_shard(ranks: RankPool) -> None:
-    batch = make_batch(2, 32)
-    batch["labels"][:, 8:] = -100
-    assert_exact(ranks.run(prove, "llama", 4, batch=batch))
 
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])

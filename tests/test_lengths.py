@@ -13,7 +13,8 @@ from surgery.private import GroupName
 from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
 from tests.planted import PLANTED, make_planted
-from tests.proof import assert_calls_exact, assert_exact, prove, prove_calls
+from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches
+from tests.sampling import sampled
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
 
 SHORT = 3
@@ -31,28 +32,23 @@ def test_runs_are_balanced_and_cover_the_sequence(length: int, size: int) -> Non
         assert local_length(length, Axis(size, rank, GroupName("sp"))) == own
 
 
-@pytest.mark.parametrize(("batch_size", "length"), [(1, 31), (3, 33), (2, SHORT)])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_odd_lengths(ranks: RankPool, name: str, batch_size: int, length: int) -> None:
-    assert_exact(ranks.run(prove, name, 4, batch_size=batch_size, length=length))
+def test_odd_lengths(ranks: RankPool, name: str) -> None:
+    """One graph for all, and one for single sequences, as torch.export specializes a batch of one."""
+    batches = [make_batch(3, 33), make_batch(2, SHORT), make_batch(1, 31)]
+    assert_calls_exact(ranks.run(prove_batches, name, 4, batches), num_programs=2)
 
 
-@pytest.mark.parametrize(("batch_size", "length"), [(1, 31), (2, SHORT)])
-def test_odd_lengths_on_two_ranks(pair: RankPool, batch_size: int, length: int) -> None:
-    assert_exact(pair.run(prove, "llama", 2, batch_size=batch_size, length=length))
+def test_odd_lengths_on_two_ranks(pair: RankPool) -> None:
+    batches = [make_batch(2, SHORT), make_batch(3, 33)]
+    assert_calls_exact(pair.run(prove_batches, "llama", 2, batches), num_programs=1)
 
 
-@pytest.mark.parametrize(("name", "length"), [("mistral", 31), ("mixtral", SHORT), ("gpt_oss", 31), ("falcon", SHORT)])
-def test_odd_lengths_elsewhere(ranks: RankPool, name: str, length: int) -> None:
-    """Windows, experts, sinks, gathered operations."""
-    assert_exact(ranks.run(prove, name, 4, length=length))
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("length", [31, SHORT])
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
-def test_odd_lengths_everywhere(ranks: RankPool, name: str, length: int) -> None:
-    assert_exact(ranks.run(prove, name, 4, length=length))
+@pytest.mark.parametrize("name", sampled([*ARCHITECTURES, *OTHERS], {"mistral", "mixtral", "gpt_oss", "falcon"}))
+def test_odd_lengths_elsewhere(ranks: RankPool, name: str) -> None:
+    """By default windows, experts, sinks and gathered operations."""
+    results = ranks.run(prove_batches, name, 4, [make_batch(2, 31), make_batch(2, SHORT)])
+    assert_calls_exact(results, num_programs=results[0][1])
 
 
 IMPOSSIBLE = {"pooled_by_four", "every_other_token"}
@@ -101,11 +97,10 @@ def _prove_longrope(sp_size: int) -> Any:
     """On both sides of its original length, captured again for a call without labels, and restored."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     sizes: dict[str, Any] = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
-    whole = make_model("phi3", rope_parameters={**rope, "original_max_position_embeddings": 16}, **sizes)
+    changes = {"rope_parameters": {**rope, "original_max_position_embeddings": 16}, **sizes}
     batches = [make_batch(2, 12), {"input_ids": make_batch(2, 12)["input_ids"]}, make_batch(2, 31)]
-    found = prove_calls(whole, sp_size, [(lambda model: None, batch) for batch in batches])
-    restore(transform(whole, sp_size))(**batches[-1])
-    return found
+    restore(transform(make_model("phi3", **changes), sp_size))(**batches[-1])
+    return prove_batches("phi3", sp_size, batches, **changes)
 
 
 def test_frequencies_that_depend_on_the_length(pair: RankPool, ranks: RankPool) -> None:

@@ -15,33 +15,22 @@ from transformers.models.llama import modeling_llama
 from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
 from tests.batches import packed, padded
-from tests.proof import assert_exact, prove
+from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
 
-SIDES = [(name, side) for name in ("llama", "gpt2", "mistral", "opt") for side in ("left", "right", "both")]
+
+@pytest.mark.parametrize("name", sampled(["llama", "gpt2", "mistral", "opt"], {"llama", "mistral"}))
+def test_padding(ranks: RankPool, name: str) -> None:
+    ones = {**make_batch(2, 32), "attention_mask": torch.ones(2, 32, dtype=torch.long)}
+    batches = [padded("left"), padded("right"), padded("both"), ones]
+    assert_calls_exact(ranks.run(prove_batches, name, 4, batches), num_programs=1)
 
 
-@pytest.mark.parametrize(
-    ("name", "side"),
-    sampled(SIDES, {("llama", "left"), ("llama", "right"), ("llama", "both"), ("gpt2", "left"), ("mistral", "both")}),
-)
-def test_padding(ranks: RankPool, name: str, side: str) -> None:
-    assert_exact(ranks.run(prove, name, 4, batch=padded(side)))
-
-
-def test_a_mask_of_ones(ranks: RankPool) -> None:
-    batch = {**make_batch(2, 32), "attention_mask": torch.ones(2, 32, dtype=torch.long)}
-    assert_exact(ranks.run(prove, "llama", 4, batch=batch))
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("name", sampled(["llama", "qwen3", "gemma3_text", "mistral"], {"llama", "gemma3_text"}))
 def test_packed_documents(ranks: RankPool, name: str) -> None:
-    assert_exact(ranks.run(prove, name, 4, batch=packed((5, 20, 7))))
-
-
-def test_given_positions_of_one_document(ranks: RankPool) -> None:
-    assert_exact(ranks.run(prove, "llama", 4, batch=packed((32,))))
+    batches = [packed((5, 20, 7)), packed((32,)), packed((9, 9))]
+    assert_calls_exact(ranks.run(prove_batches, name, 4, batches), num_programs=1)
 
 
 def test_explicit_mask(pair: RankPool) -> None:
@@ -51,14 +40,18 @@ def test_explicit_mask(pair: RankPool) -> None:
     assert_exact(pair.run(prove, "llama", 2, batch=batch))
 
 
-@pytest.mark.parametrize("length", [32, 8])
-def test_a_mask_for_each_head(ranks: RankPool, length: int) -> None:
-    """Every head forgets at a pace of its own, as under ALiBi; also of as many tokens as heads."""
+def _fading(length: int) -> Tensor:
+    """A mask [2, 8, S, S]: every head forgets at a pace of its own, as under ALiBi."""
     distance = torch.arange(length)[:, None] - torch.arange(length)[None]
     slopes = torch.arange(1, 9).view(1, 8, 1, 1) / 16
     bias = torch.where(distance >= 0, -slopes * distance, torch.finfo(torch.float32).min)
-    batch = {**make_batch(2, length), "attention_mask": bias.expand(2, -1, -1, -1).contiguous()}
-    assert_exact(ranks.run(prove, "llama", 4, batch=batch))
+    return bias.expand(2, -1, -1, -1).contiguous()
+
+
+def test_a_mask_for_each_head(ranks: RankPool) -> None:
+    """Also of as many tokens as heads."""
+    batches = [{**make_batch(2, length), "attention_mask": _fading(length)} for length in (32, 8)]
+    assert_calls_exact(ranks.run(prove_batches, "llama", 4, batches), num_programs=1)
 
 
 def _chunked(config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

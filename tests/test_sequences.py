@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from surgery import restore, transform
+from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter
 from tests.proof import assert_exact
@@ -31,6 +32,17 @@ PAIRS = [(name, sp_size) for name in ("bart", "t5") for sp_size in (2, 4)]
 @pytest.mark.parametrize(("name", "sp_size"), sampled(PAIRS, {("bart", 4), ("t5", 4)}))
 def test_encoder_decoder(ranks: RankPool, name: str, sp_size: int) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, sp_size))
+
+
+def _prove_single_sequences() -> dict[str, float]:
+    """Of a classifier without a padding token, which takes one sequence at a time: the default example has two."""
+    model = make_model("llama", auto=AutoModelForSequenceClassification, num_hidden_layers=1)
+    batch = {"input_ids": make_batch(1, 13)["input_ids"], "labels": torch.tensor([1])}
+    return compare(model, 2, batch, example=batch)
+
+
+def test_an_example_is_captured_in_place_of_the_default(pair: RankPool) -> None:
+    assert_exact(pair.run(_prove_single_sequences))
 
 
 def _count_collectives() -> tuple[dict[str, int], list[int], dict[str, int], list[int]]:

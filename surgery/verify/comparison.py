@@ -78,7 +78,7 @@ def compare(
     The ranks' gradients are averaged and multiplied by `scale`: P for `gradients="sum"`. The model is restored.
     """
     reference = run_whole(copy.deepcopy(model), batch)
-    transform(model, sp_size, **options)
+    transform(model, sp_size, **{"example": batch, **options})
     errors = run_sharded(model, reference, batch, run=run, scale=scale)
     restore(model)
     return errors
