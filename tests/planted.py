@@ -135,6 +135,18 @@ class Planted(nn.Module):
         return output
 
 
+ODD_LENGTHS = [
+    "causal_convolution",
+    "mean_fed_back",
+    "mean_of_all",
+    "hand_written_attention",
+    "linear_attention",
+    "cumsum",
+    "complex_numbers",
+]
+"""Those that the default run proves at a length that P does not divide, which asks for more than one that it does."""
+
+
 def make_planted(name: str) -> Any:
     """A Llama whose first layer has the operation `name` before its MLP."""
     model = make_model("llama")

@@ -12,7 +12,7 @@ from surgery.axis import Axis, first_token, local_length, run_lengths
 from surgery.private import GroupName
 from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
-from tests.planted import PLANTED, make_planted
+from tests.planted import ODD_LENGTHS, PLANTED, make_planted
 from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches
 from tests.sampling import sampled
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
@@ -44,7 +44,7 @@ def test_odd_lengths_on_two_ranks(pair: RankPool) -> None:
     assert_calls_exact(pair.run(prove_batches, "llama", 2, batches), num_programs=1)
 
 
-@pytest.mark.parametrize("name", sampled([*ARCHITECTURES, *OTHERS], {"mistral", "mixtral", "gpt_oss", "falcon"}))
+@pytest.mark.parametrize("name", sampled([*ARCHITECTURES, *OTHERS], {"mistral", "gpt_oss"}))
 def test_odd_lengths_elsewhere(ranks: RankPool, name: str) -> None:
     """By default windows, experts, sinks and gathered operations."""
     results = ranks.run(prove_batches, name, 4, [make_batch(2, 31), make_batch(2, SHORT)])
@@ -54,30 +54,14 @@ def test_odd_lengths_elsewhere(ranks: RankPool, name: str) -> None:
 IMPOSSIBLE = {"pooled_by_four", "every_other_token"}
 """Fours and pairs of tokens: the unsharded model cannot run them at odd lengths either."""
 NOT_EXPORTABLE = {"max_pool", "chunk_tokens"}
-LONG_RUN = sorted(PLANTED.keys() - IMPOSSIBLE - NOT_EXPORTABLE)
-SHORT_RUN = [
-    "causal_convolution",
-    "mean_fed_back",
-    "mean_of_all",
-    "hand_written_attention",
-    "linear_attention",
-    "cumsum",
-    "complex_numbers",
-]
 
 
 def _prove_planted(name: str, length: int) -> dict[str, float]:
     return compare(make_planted(name), 2, make_batch(2, length))
 
 
-@pytest.mark.parametrize("name", SHORT_RUN)
+@pytest.mark.parametrize("name", sampled(sorted(PLANTED.keys() - IMPOSSIBLE - NOT_EXPORTABLE), ODD_LENGTHS))
 def test_planted_operations(pair: RankPool, name: str) -> None:
-    assert_exact(pair.run(_prove_planted, name, 31))
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", LONG_RUN)
-def test_every_planted_operation(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(_prove_planted, name, 31))
 
 
@@ -87,19 +71,18 @@ def _prove_otherwise(length: int) -> list[dict[str, float]]:
     checkpointed.gradient_checkpointing_enable()
     batch = make_batch(2, length)
     return [
-        compare(checkpointed, 4, batch),
-        compare(make_model("llama"), 4, batch, gradients="sum", scale=4),
-        compare(make_model("llama"), 4, batch, seq_length=length, seq_length_is_variable=False),
+        compare(checkpointed, 2, batch),
+        compare(make_model("llama"), 2, batch, gradients="sum", scale=2),
+        compare(make_model("llama"), 2, batch, seq_length=length, seq_length_is_variable=False),
     ]
 
 
 def _prove_longrope(sp_size: int) -> Any:
-    """On both sides of its original length, captured again for a call without labels, and restored."""
+    """On both sides of its original length, and captured again for a call without labels."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     sizes: dict[str, Any] = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
     changes = {"rope_parameters": {**rope, "original_max_position_embeddings": 16}, **sizes}
     batches = [make_batch(2, 12), {"input_ids": make_batch(2, 12)["input_ids"]}, make_batch(2, 31)]
-    restore(transform(make_model("phi3", **changes), sp_size))(**batches[-1])
     return prove_batches("phi3", sp_size, batches, **changes)
 
 
@@ -115,8 +98,8 @@ def test_one_token_is_refused() -> None:
         model.surgery.prepare(input_ids=make_batch(2, 1)["input_ids"])
 
 
-def test_odd_lengths_with_options(ranks: RankPool) -> None:
-    for results in zip(*ranks.run(_prove_otherwise, 31), strict=True):
+def test_odd_lengths_with_options(pair: RankPool) -> None:
+    for results in zip(*pair.run(_prove_otherwise, 31), strict=True):
         assert_exact(list(results))
 
 

@@ -26,12 +26,15 @@ from tests.sampling import sampled
 from tests.sequences import B, S, given, of_tokens, padded, padding, prove_head
 from tests.zoo import make_batch, make_model
 
-PAIRS = [(name, sp_size) for name in ("bart", "t5") for sp_size in (2, 4)]
+
+@pytest.mark.parametrize("name", sampled(["bart", "t5"], {"t5"}))
+def test_encoder_decoder_on_two_ranks(pair: RankPool, name: str) -> None:
+    assert_exact(pair.run(prove_head, AutoModelForSeq2SeqLM, name, 2))
 
 
-@pytest.mark.parametrize(("name", "sp_size"), sampled(PAIRS, {("bart", 4), ("t5", 4)}))
-def test_encoder_decoder(ranks: RankPool, name: str, sp_size: int) -> None:
-    assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, sp_size))
+@pytest.mark.parametrize("name", sampled(["bart", "t5"], {"bart"}))
+def test_encoder_decoder_on_four_ranks(ranks: RankPool, name: str) -> None:
+    assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, 4))
 
 
 def _prove_single_sequences() -> dict[str, float]:
@@ -60,7 +63,7 @@ def _count_collectives() -> tuple[dict[str, int], list[int], dict[str, int], lis
 
 def test_cross_attention_sends_queries_and_keys_apart(ranks: RankPool) -> None:
     """Nothing is gathered, and no rank sends a token's head twice: the first all-gather compares the ranks' batches."""
-    num_layers, heads_bytes = 2, 8 * 8 * 4  # of one token: 8 heads of 8 numbers
+    num_layers, heads_bytes = 1, 8 * 8 * 4  # of one token: 8 heads of 8 numbers
     source, target = B * 32 // 4 * heads_bytes, B * 24 // 4 * heads_bytes
     encoder, decoder, across = [3 * source, source], [3 * target, target], [target, 2 * source, target]
     expected = sorted((encoder + decoder + across) * num_layers)

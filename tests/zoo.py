@@ -64,18 +64,24 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "nemotron": {"head_dim": 8},
     "stablelm": {},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "mixtral": {"num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "sliding_window": 8},
     "gpt_oss": {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "bloom": {"n_head": 8, "n_layer": 2},
-    "falcon": {"new_decoder_architecture": False, "multi_query": True},
+    "falcon": {"num_hidden_layers": 1, "new_decoder_architecture": False, "multi_query": True},
     "gptj": {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 512, "rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 8, "window_size": 8},
     "bert": {"is_decoder": True, "pad_token_id": 0},
     "big_bird": {"is_decoder": True, "pad_token_id": 0},
-    "jetmoe": {"num_key_value_heads": 4, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "jetmoe": {
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 4,
+        "kv_channels": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 """Soft caps, sinks, ALiBi, hand-written attention, tables of positions, an encoder's blocks, a branch on the length,
 tokens counted by expert: nothing was made for them."""
@@ -160,8 +166,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 _DECODER = {
     "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_attention_heads": 8,
     "decoder_attention_heads": 8,
     "encoder_ffn_dim": 96,
