@@ -12,6 +12,7 @@ from surgery.axis import Axis, first_token, local_length, run_lengths
 from surgery.comparison import compare
 from surgery.private import GroupName
 from surgery.ranks import RankPool
+from surgery.signature import describe_tensor
 from tests.planted import PLANTED, make_planted
 from tests.proof import assert_calls_exact, assert_exact, prove, prove_calls
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
@@ -29,6 +30,25 @@ def test_runs_are_balanced_and_cover_the_sequence(length: int, size: int) -> Non
     for rank, own in enumerate(lengths):
         assert first_token(length, rank, size) == sum(lengths[:rank])
         assert local_length(length, Axis(size, rank, GroupName("sp"))) == own
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "dims"),
+    [
+        ("inputs_embeds", torch.float32, (2, 64, 64), ("b", "s", 64)),
+        ("encoder_hidden_states", torch.float32, (2, 5, 64), ("b", 5, 64)),
+        ("perm_mask", torch.float32, (2, 64, 64), ("b", "s", "s")),
+        ("attention_mask", torch.bool, (2, 64, 64, 64), ("b", 64, "s", "s")),
+        ("position_ids", torch.int64, (3, 2, 64), (3, "b", "s")),
+        ("position_ids", torch.int64, (3, 1, 64), (3, 1, "s")),
+        ("position_ids", torch.int64, (2, 3, 64), ("b", 3, "s")),
+    ],
+)
+def test_sizes_that_happen_to_be_the_length(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], dims: tuple[int | str, ...]
+) -> None:
+    """Features, heads, axes of positions, choices: whose size it is the argument says, not the number."""
+    assert describe_tensor(name, torch.zeros(shape, dtype=dtype), 2, {"s": 64}).dims == dims
 
 
 @pytest.mark.parametrize(("batch_size", "length"), [(1, 31), (3, 33), (2, SHORT)])
