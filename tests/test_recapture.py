@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgery import restore, transform
 from surgery.ranks import RankPool
 from tests.proof import assert_calls_exact, prove_calls
 from tests.sampling import sampled
@@ -93,3 +94,23 @@ def test_what_differs_is_captured_anew(pair: RankPool, wrapped: type[Wrapped]) -
 @pytest.mark.parametrize("wrapped", sampled(CALLS, {ByMode, ByBatchSize}))
 def test_what_differs_on_four_ranks(ranks: RankPool, wrapped: type[Wrapped]) -> None:
     assert_calls_exact(ranks.run(_prove, wrapped, 4), NUM_PROGRAMS[wrapped])
+
+
+def test_a_trace_leaves_no_hooks() -> None:
+    """transformers records outputs by hooks that the first forward installs: once, also after two traces."""
+    model = transform(make_model("mixtral", num_hidden_layers=1, output_router_logits=True), 2)
+    batch = make_batch(2, 8)
+    outputs = dict(model.eval().surgery.prepare(**batch).outputs)
+    assert [name for name in outputs if name.startswith("router_logits")] == ["router_logits.0"]
+    restore(model)
+    recorded = model(**batch, output_hidden_states=True)
+    assert (len(recorded.hidden_states), len(recorded.router_logits)) == (2, 1)
+
+
+def test_recorders_are_no_other_model() -> None:
+    """The original forward installs them, beside a graph that was captured before."""
+    model = transform(make_model("llama", num_hidden_layers=1), 2, disable_in_eval=True)
+    batch = make_batch(2, 8)
+    model.eval()(**batch)
+    model.train().surgery.prepare(**batch)
+    assert len(model.surgery.programs) == 1
