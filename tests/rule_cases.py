@@ -448,6 +448,14 @@ LOSS = [
     ),
     Case(
         "aten::cross_entropy_loss",
+        "b s 6, #b s, =6",
+        lambda x, y, w: F.cross_entropy(
+            flat(x), y.view(-1).masked_fill(y.view(-1) == 2, 99), w.detach().exp(), ignore_index=99
+        ),
+        "partial sum",
+    ),
+    Case(
+        "aten::cross_entropy_loss",
         "b s 6, #b s",
         lambda x, y: F.cross_entropy(flat(x), y.view(-1), ignore_index=1, label_smoothing=0.1),
         "partial sum",

@@ -9,6 +9,7 @@ import torch
 
 from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
+from surgery.inputs.signature import describe_tensor
 from surgery.private import GroupName
 from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
@@ -30,6 +31,25 @@ def test_runs_are_balanced_and_cover_the_sequence(length: int, size: int) -> Non
     for rank, own in enumerate(lengths):
         assert first_token(length, rank, size) == sum(lengths[:rank])
         assert local_length(length, Axis(size, rank, GroupName("sp"))) == own
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "dims"),
+    [
+        ("inputs_embeds", torch.float32, (2, 64, 64), ("b", "s", 64)),
+        ("encoder_hidden_states", torch.float32, (2, 5, 64), ("b", 5, 64)),
+        ("perm_mask", torch.float32, (2, 64, 64), ("b", "s", "s")),
+        ("attention_mask", torch.bool, (2, 64, 64, 64), ("b", 64, "s", "s")),
+        ("position_ids", torch.int64, (3, 2, 64), (3, "b", "s")),
+        ("position_ids", torch.int64, (3, 1, 64), (3, 1, "s")),
+        ("position_ids", torch.int64, (2, 3, 64), ("b", 3, "s")),
+    ],
+)
+def test_sizes_that_happen_to_be_the_length(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], dims: tuple[int | str, ...]
+) -> None:
+    """Features, heads, axes of positions, choices: whose size it is the argument says, not the number."""
+    assert describe_tensor(name, torch.zeros(shape, dtype=dtype), 2, {"s": 64}).dims == dims
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

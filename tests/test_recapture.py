@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgery import restore, transform
 from surgery.verify.ranks import RankPool
 from tests.proof import assert_calls_exact, prove_calls
 from tests.sampling import sampled
@@ -48,6 +49,10 @@ class ByLength(Wrapped):
         return torch.as_tensor(self.inner(x) * torch.tensor([2.0 if x.shape[1] > 20 else 0.5]))
 
 
+class ByLengthOfOne(ByLength):
+    """The same for a batch of one, whose size is no symbol."""
+
+
 def set_scale(scale: float, model: Any) -> None:
     model.model.layers[0].mlp.settings["scales"][1] = scale
 
@@ -70,7 +75,9 @@ CALLS: dict[type[Wrapped], list[tuple[Any, tuple[int, int]]]] = {
     ByMode: [(partial(set_mode, is_training), (2, 16)) for is_training in (True, False, True)],
     ByBatchSize: [(leave, (batch_size, 16)) for batch_size in (2, 6, 3, 5)],
     ByLength: [(leave, (2, length)) for length in (16, 24, 17)],
+    ByLengthOfOne: [(leave, (1, length)) for length in (16, 24, 17)],
 }
+NUM_PROGRAMS = dict.fromkeys(CALLS, 2) | {ByDtype: 3, ByLengthOfOne: 3}
 
 
 def _prove(wrapped: type[Wrapped], sp_size: int) -> Any:
@@ -81,9 +88,29 @@ def _prove(wrapped: type[Wrapped], sp_size: int) -> Any:
 
 @pytest.mark.parametrize("wrapped", CALLS)
 def test_what_differs_is_captured_anew(pair: RankPool, wrapped: type[Wrapped]) -> None:
-    assert_calls_exact(pair.run(_prove, wrapped, 2), 2 + (wrapped is ByDtype))
+    assert_calls_exact(pair.run(_prove, wrapped, 2), NUM_PROGRAMS[wrapped])
 
 
 @pytest.mark.parametrize("wrapped", sampled(CALLS, {ByMode, ByBatchSize}))
 def test_what_differs_on_four_ranks(ranks: RankPool, wrapped: type[Wrapped]) -> None:
-    assert_calls_exact(ranks.run(_prove, wrapped, 4), 2 + (wrapped is ByDtype))
+    assert_calls_exact(ranks.run(_prove, wrapped, 4), NUM_PROGRAMS[wrapped])
+
+
+def test_a_trace_leaves_no_hooks() -> None:
+    """transformers records outputs by hooks that the first forward installs: once, also after two traces."""
+    model = transform(make_model("mixtral", num_hidden_layers=1, output_router_logits=True), 2)
+    batch = make_batch(2, 8)
+    outputs = dict(model.eval().surgery.prepare(**batch).outputs)
+    assert [name for name in outputs if name.startswith("router_logits")] == ["router_logits.0"]
+    restore(model)
+    recorded = model(**batch, output_hidden_states=True)
+    assert (len(recorded.hidden_states), len(recorded.router_logits)) == (2, 1)
+
+
+def test_recorders_are_no_other_model() -> None:
+    """The original forward installs them, beside a graph that was captured before."""
+    model = transform(make_model("llama", num_hidden_layers=1), 2, disable_in_eval=True)
+    batch = make_batch(2, 8)
+    model.eval()(**batch)
+    model.train().surgery.prepare(**batch)
+    assert len(model.surgery.programs) == 1

@@ -119,6 +119,14 @@ def test_answers_in_a_text(ranks: RankPool) -> None:
     assert_exact(results, torch.float64)
 
 
+@pytest.mark.parametrize(("problem", "num_labels"), [("multi_label_classification", 3), ("regression", 3)])
+def test_several_numbers_for_each_sequence(ranks: RankPool, problem: str, num_labels: int) -> None:
+    """Labels [B, 3]: the call that is captured first has such, too."""
+    batch = {**padded(), "labels": torch.rand(B, num_labels, generator=torch.Generator().manual_seed(0)).round()}
+    changes = {"problem_type": problem, "num_labels": num_labels}
+    assert_exact(ranks.run(prove_head, AutoModelForSequenceClassification, "bert", 4, batch, **changes))
+
+
 def test_labels_of_an_example_decide_nothing() -> None:
     model = make_model("bert", auto=AutoModelForSequenceClassification)
     transform(model, 4)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+from surgery.engines import HOOKS
 
 TRACEABLE = {"_experts_implementation": "grouped_mm", "use_cache": False}
 WRITTEN = ("problem_type",)
@@ -42,17 +45,23 @@ def without_saving() -> Iterator[None]:
 
 @contextmanager
 def without_new_attributes(model: nn.Module) -> Iterator[None]:
-    """Take back attributes and buffers that the trace leaves on modules: the model's own code would find its tensors.
+    """Take back attributes, buffers and hooks that the trace leaves on modules: the model's own code would find them.
 
+    Attributes and buffers would hold its tensors. transformers installs the hooks that record outputs in the first
+    forward, and notes that in an attribute: without it, they would be installed, and record, once more.
     torch.export takes back what was assigned to attributes that there were (2.11 to 2.13).
     """
-    known = [(names, set(names)) for module in model.modules() for names in (vars(module), module._buffers)]
+    known = [(names, set(names)) for module in model.modules() for names in _named_things(module)]
     try:
         yield
     finally:
         for names, before in known:
             for name in names.keys() - before:
                 del names[name]
+
+
+def _named_things(module: nn.Module) -> list[dict[Any, Any]]:
+    return [vars(module), module._buffers, *(getattr(module, name) for name in HOOKS)]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     causal, masked, token-classifying models    input_ids [B, S], labels [B, S]
     encoder-decoders                            input_ids [B, S], labels [B, T]
-    classifiers of sequences                    input_ids [B, S], labels [B]
+    classifiers of sequences                    input_ids [B, S], labels [B]; floats if its config says so
     answers in a text                           input_ids [B, S], start_positions [B], end_positions [B]
     multiple choice                             input_ids [B, choices, S], labels [B]
     a model without a loss                      input_ids [B, S]
@@ -25,6 +25,7 @@ DEFAULT_EXAMPLE_BATCH_SIZE = 2
 DEFAULT_EXAMPLE_LENGTH = 64
 NUM_CHOICES = 2
 SAMPLE_LABELS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+NUMBER_PROBLEMS = ("multi_label_classification", "regression")
 SPECTROGRAM = "input_features"
 
 
@@ -46,7 +47,7 @@ def example_call(model: nn.Module, length: int | None = None) -> dict[str, Tenso
     if has_decoder and "labels" not in names:
         shapes["decoder_input_ids"] = (DEFAULT_EXAMPLE_BATCH_SIZE, second)
     given = {name: torch.zeros(shape, dtype=torch.long, device=_device(model)) for name, shape in shapes.items()}
-    return {**lead, **given}
+    return {**lead, **given, **_numbers(model)}
 
 
 def _lead(model: nn.Module, length: int) -> dict[str, Tensor]:
@@ -63,6 +64,17 @@ def _lead(model: nn.Module, length: int) -> dict[str, Tensor]:
 def _label_shape(model: nn.Module, name: str, length: int) -> tuple[int, ...]:
     is_of_tokens = name == "labels" and not _is_named(model, SAMPLE_LABELS)
     return (DEFAULT_EXAMPLE_BATCH_SIZE, length) if is_of_tokens else (DEFAULT_EXAMPLE_BATCH_SIZE,)
+
+
+def _numbers(model: nn.Module) -> dict[str, Tensor]:
+    """The labels of a classifier of sequences whose config says that they are numbers, or that each label has one."""
+    config: Any = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem not in NUMBER_PROBLEMS or not _is_named(model, ("ForSequenceClassification",)):
+        return {}
+    is_single = problem == "regression" and config.num_labels == 1
+    shape = (DEFAULT_EXAMPLE_BATCH_SIZE,) if is_single else (DEFAULT_EXAMPLE_BATCH_SIZE, config.num_labels)
+    return {"labels": torch.zeros(shape, dtype=next(model.parameters()).dtype, device=_device(model))}
 
 
 def _is_named(model: nn.Module, endings: tuple[str, ...]) -> bool:

@@ -24,6 +24,8 @@ SAMPLE_INPUTS = frozenset({"labels", "start_positions", "end_positions", "next_s
 """Arguments that may have one number for each sequence of the batch: [B]."""
 IMAGE_PREFIX = "pixel_values"
 """How the names of images and videos begin."""
+FEATURES = ("inputs_embeds", "hidden_states")
+"""How the names of [B, S, H] end, whose H is no length."""
 FIXED_INPUTS = (IMAGE_PREFIX, "input_features", "input_values")
 """Images and sound: their sizes are no lengths of token sequences, whatever they happen to be."""
 
@@ -187,11 +189,12 @@ def describe_tensor(name: str, tensor: Tensor, batch_size: int, lengths: Mapping
     dims: list[str | int] = [int(size) if size != length or length == 1 else letter for size in tensor.shape]
     is_sample = tensor.ndim == 1 and name in SAMPLE_INPUTS
     if tensor.ndim > 1 or is_sample:
-        batch_dim = 1 if name == "position_ids" and tensor.ndim > 2 else 0
+        is_of_axes = name == "position_ids" and tensor.ndim > 2 and tensor.shape[1] in (1, batch_size)
+        batch_dim = 1 if is_of_axes else 0  # [3, B, S], or [B, choices, S] of a multiple choice
         dims[0] = int(tensor.shape[0])
         dims[batch_dim] = "b" if tensor.shape[batch_dim] == batch_size and batch_size > 1 else dims[batch_dim]
-    if tensor.is_floating_point() and name.endswith("inputs_embeds"):
-        dims[2] = int(tensor.shape[2])
+    if tensor.is_floating_point() and name.endswith(FEATURES):
+        dims[-1] = int(tensor.shape[-1])
     if tensor.ndim == 4:  # a mask [B, N, S, S] of as many heads as tokens
         dims[1] = int(tensor.shape[1])
     return TensorInput(name, tensor.dtype, tensor.device, tuple(dims))

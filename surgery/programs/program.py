@@ -48,7 +48,9 @@ class Program:
 
     def serves(self, batch_size: int, *lengths: int) -> bool:
         """Whether these sizes are on the same side of the model's branches as the captured ones."""
-        sizes = {self.context.batch: batch_size, **dict(zip(self.context.lengths, lengths, strict=True))}
+        sizes = dict(zip(self.context.lengths, lengths, strict=True))
+        if self.context.batch is not None:  # none varies where a graph is for a batch of one
+            sizes[self.context.batch] = batch_size
         return all(condition.subs(sizes) == sympy.true for condition in self.context.assumptions)
 
     def takes(self, sides: Sides | None) -> bool:

@@ -24,6 +24,7 @@ CHECKPOINTING = (  # a matter of segments, not of the graph
     "_gradient_checkpointing_func",
     "_require_grads_hooks",
 )
+RECORDERS = "_output_capturing_hooks_installed"  # says that there are hooks, which record nothing here
 
 OF_TORCH = frozenset(vars(nn.Module()))
 PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
@@ -54,7 +55,7 @@ def _settings(owner: object, skipped: tuple[str, ...] = ()) -> list[object]:
     """What a trace bakes in of a module or a config: plain values, functions, tensors, and lists of plain values."""
     found: list[object] = []
     for name, value in vars(owner).items():
-        if name in CHECKPOINTING or is_mark(name):
+        if name in CHECKPOINTING or name == RECORDERS or is_mark(name):
             continue
         if isinstance(value, PLAIN):
             found.append((name, value))
