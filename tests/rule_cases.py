@@ -89,6 +89,9 @@ POINTWISE = [
     Case("aten::softplus", X, lambda x: F.softplus(x), SAME),
     Case("aten::to", X, lambda x: x.to(torch.float32).to(torch.float64), SAME),
     Case("aten::type_as", "b s 6, =2", lambda x, y: x.float().type_as(y), SAME),
+    Case("aten::type_as", "b s 6, =b 4 s", lambda x, y: x.float().type_as(y), SAME),
+    Case("aten::type_as", "=s, b s 6", lambda x, y: x.float().type_as(y) * y[..., 0], "replicated"),
+    Case("aten::type_as", "=s 6, b s 2 3", lambda x, y: x.float().type_as(y) * y.flatten(2), "replicated"),
     Case("aten::where", "b s 6, =s 1", lambda x, y: torch.where(y > 0, x, 0.0), SAME),
     Case("aten::where", "b s 6, b s 6, =1", lambda x, y, z: torch.where(x > y, x, z), SAME),
     Case("aten::zeros_like", X, lambda x: torch.zeros_like(x) + x, SAME),
@@ -444,6 +447,12 @@ LOSS = [
         "aten::cross_entropy_loss",
         "b s 6, #b s, =6",
         lambda x, y, w: F.cross_entropy(flat(x), y.view(-1), w.detach().exp(), ignore_index=2),
+        "partial sum",
+    ),
+    Case(
+        "aten::cross_entropy_loss",
+        "b s 5, #b s, =5",
+        lambda x, y, w: F.cross_entropy(flat(x), y.view(-1), w.detach().exp(), ignore_index=5),  # of no class
         "partial sum",
     ),
     Case(

@@ -87,4 +87,4 @@ def _label_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> T
     counted = labels != ignore_index
     if weight is None:
         return counted.sum()
-    return torch.where(counted, weight[labels.clamp(min=0)], 0).sum()
+    return torch.where(counted, weight[torch.where(counted, labels, 0)], 0).sum()

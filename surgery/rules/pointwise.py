@@ -30,7 +30,6 @@ UNTAGGED = (
     "aten::silu",
     "aten::softplus",
     "aten::to",
-    "aten::type_as",
     "aten::where",
     "aten::zeros_like",
     "aten::_to_copy",
@@ -65,6 +64,12 @@ def pointwise(call: Call) -> Step | None:
         return None
     operands = tuple(align(operand, result, ndim) for operand in call.operands)
     return Step(operands, (result,) * len(call.results))
+
+
+@rule("aten::type_as", family="pointwise")
+def type_as(call: Call) -> Step | None:
+    """Of its second operand nothing but the dtype is read: it may have any shape, and stays as it is."""
+    return Step(tuple(operand.placement for operand in call.operands), (call.operands[0].placement,))
 
 
 @rule("aten::prelu", family="pointwise")
