@@ -30,7 +30,6 @@ UNTAGGED = (
     "aten::silu",
     "aten::softplus",
     "aten::to",
-    "aten::type_as",
     "aten::where",
     "aten::zeros_like",
     "aten::_to_copy",
@@ -65,6 +64,14 @@ def pointwise(call: Call) -> Step | None:
         return None
     operands = tuple(align(operand, result, ndim) for operand in call.operands)
     return Step(operands, (result,) * len(call.results))
+
+
+@rule("aten::type_as", family="pointwise")
+def type_as(call: Call) -> Step | None:
+    """Of its second operand nothing but the dtype is read: it may have any shape, and stays as it is."""
+    value, other = (operand.placement for operand in call.operands)
+    kept = value if isinstance(value, Sharded) else REPLICATED  # a cast of addends is not an addend of the cast
+    return Step((kept, other), (kept,))
 
 
 @rule("aten::prelu", family="pointwise")
