@@ -128,7 +128,10 @@ class PassRecord:
 class Context:
     """What all passes over one graph share: the mesh axis, the options, the sequences, and the facts found so far.
 
-    `lengths` are those of the model's sequences, the leading one first: the encoder's S, then the decoder's T.
+    `lengths` are those of the model's sequences, the leading one first: the encoder's S, then the decoder's T; `batch`
+    is None where a graph is for a batch of one. `sizes`: the one node that reads each. `assumptions`: conditions on
+    sizes under which the graph holds, checked on every call. `calls`, `masks`, `opaque_calls`: what the capture wrote
+    down; `attempts`: what it tried in vain. `facts`: the claims of the passes so far, which others require.
     """
 
     axis: Axis
