@@ -18,9 +18,13 @@ from torch import fx
 from surgery.errors import CaptureError
 from surgery.metadata import Context, where
 from surgery.pipeline import PassResult
+from surgery.rules.call import bind_arguments
+from surgery.shapes import to_expr
 
 SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+aten = torch.ops.aten
+CASTS = (aten.contiguous, aten.to, aten.type_as)
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,19 @@ class InlineBlocks:
     provides: ClassVar[frozenset[str]] = frozenset({"flat"})
 
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
-        changed = 0
-        while blocks := find_blocks(graph):
-            for node in blocks:
-                inline(graph, node)
-            changed += len(blocks)
+        changed = inline_all(graph)
         graph.owning_module = None  # a flat graph reads its attributes from the live model
         return PassResult(changed)
+
+
+def inline_all(graph: fx.Graph) -> int:
+    """Unfold all blocks, and those in them; how many there were."""
+    changed = 0
+    while blocks := find_blocks(graph):
+        for node in blocks:
+            inline(graph, node)
+        changed += len(blocks)
+    return changed
 
 
 def find_blocks(graph: fx.Graph) -> list[fx.Node]:
@@ -59,7 +69,7 @@ def inline(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         results = _copy(graph, wrapped.graph, operands)
         if node.target is SET_GRAD and not node.args[0]:
-            results = [_detached(graph, result) for result in results]
+            results = [_detached(graph, result, operands) for result in results]
     _rewire(graph, node, results)
     if not submodule.users:
         graph.erase_node(submodule)
@@ -89,13 +99,28 @@ def _hoisted(graph: fx.Graph, body: fx.Graph, inner: fx.Node) -> fx.Node:
     return node
 
 
-def _detached(graph: fx.Graph, result: Any) -> Any:
+def _detached(graph: fx.Graph, result: Any, operands: list[Any]) -> Any:
+    """A result without a gradient, unless it is an operand itself: `x.float()` of a float32 is x, with its gradient."""
+    same = result
+    while isinstance(same, fx.Node) and same not in operands and is_itself(same):
+        same = same.args[0]
+    if same in operands:
+        return same
     value = result.meta.get("val") if isinstance(result, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
         return result
     node = graph.call_function(torch.ops.aten.detach.default, (result,))
     node.meta = dict(result.meta)
     return node
+
+
+def is_itself(node: fx.Node) -> bool:
+    """Whether an operation gives its very operand back: a cast to the same dtype, what is contiguous made so."""
+    if getattr(node.target, "overloadpacket", None) not in CASTS or bind_arguments(node).get("copy", False):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    strides = [[to_expr(stride) for stride in value.stride()] for value in (before, after)]
+    return strides[0] == strides[1] and (before.dtype, before.device) == (after.dtype, after.device)
 
 
 def _rewire(graph: fx.Graph, node: fx.Node, results: list[Any]) -> None:

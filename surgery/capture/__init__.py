@@ -7,5 +7,6 @@ branches, fallbacks            a branch on data is followed on one side; what do
 culprits, opaque, learning     modules that no trace can follow are found, made one node, and learnt by running
 opaque_calls                   the calls of those as data
 
-What a trace would lose without a word is refused by `custom_backward`, `linearity` and `host_randomness`.
+What a trace would lose without a word is refused by `custom_backward`, `linearity`, `gradless_writes` and
+`host_randomness`.
 """

@@ -23,19 +23,21 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
-from passes.inline_blocks import AUTOCAST, SET_GRAD
+from passes.inline_blocks import AUTOCAST, SET_GRAD, inline_all
 from surgery.attention.recorded import RecordedCall, RecordedMask, Recording
 from surgery.capture.branches import Sides, describe_branches
 from surgery.capture.culprits import find_place, trace_around
 from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
 from surgery.capture.exporting import export_model
 from surgery.capture.fallbacks import Fallbacks
+from surgery.capture.gradless_writes import refuse_gradless_writes
 from surgery.capture.host_randomness import refused_host_randomness
 from surgery.capture.opaque import OpaqueModules
 from surgery.capture.opaque_calls import InputSizes, OpaqueCall
 from surgery.capture.recording import recorded_attention
 from surgery.capture.stand_ins import as_unsharded
 from surgery.capture.trace_settings import (
+    inference_as_no_grad,
     refused_assignments,
     traceable_config,
     without_checkpointing,
@@ -101,11 +103,13 @@ def _trace(
 ) -> Capture:
     sizes = InputSizes()
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # and with gradients, whatever the call is made under
         stack.enter_context(without_new_attributes(model))
         recording = stack.enter_context(recorded_attention(model))
         stack.enter_context(traceable_config(model))
         stack.enter_context(without_checkpointing(model))
         stack.enter_context(without_saving())
+        stack.enter_context(inference_as_no_grad())
         stack.enter_context(as_unsharded(model))
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
@@ -117,7 +121,10 @@ def _trace(
         stack.enter_context(_flat_forward(model, signature, recording, sizes))
         try:
             program, ranges = export_model(model, signature, example, fallbacks)
-            if any(_is_mutable(node) for node in program.graph.nodes):
+            refuse_gradless_writes(program)
+            if any(_is_mutable(node) for node in _nodes(program)):
+                inline_all(program.graph)  # torch.export forgets about no_grad blocks on the way
+                program.graph_module.recompile()
                 program = functionalized(program)
         except CaptureError:
             raise
@@ -179,6 +186,13 @@ def _flat_forward(model: nn.Module, signature: Signature, recording: Recording, 
             model.forward = installed
 
 
+def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
+    """The nodes of a program's graph, and of the blocks in it."""
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
+
+
 def _is_mutable(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
@@ -234,14 +248,19 @@ def _replace_by_attribute(graph: fx.Graph, node: fx.Node, target: str) -> None:
 
 
 def _refuse_subgraphs(program: ExportedProgram) -> None:
-    """Refuse operators over graphs of their own, which no rule follows, but for the blocks that are inlined later."""
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
-    for node in (node for graph in graphs for node in graph.nodes):
+    """Refuse operators over graphs or levels of their own, which no rule follows, but for blocks that are inlined."""
+    for node in _nodes(program):
         if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target not in (SET_GRAD, AUTOCAST):
             raise CaptureError(
                 f"{where(node)} is an operator over graphs of its own, such as torch.cond, scan and what stands for a "
                 "custom op that writes to its inputs. Expected plain operations. Write it without, as a module of "
                 "its own, which is then called whole."
+            )
+        if getattr(node.target, "__module__", "").startswith("torch._functorch"):
+            raise CaptureError(
+                f"{where(node)} is a part of torch.vmap or of another transform of torch.func, whose values have "
+                "dimensions that a graph does not show. Expected plain operations. Write it with a batch dimension, or "
+                "as a module of its own, which is then called whole."
             )
 
 

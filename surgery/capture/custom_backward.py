@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from surgery.capture.linearity import is_backward_linear
 from surgery.errors import CaptureError, UnsupportedOperationError
@@ -37,11 +38,20 @@ ENGINES = "torch.distributed."  # FSDP's hooks are about its shards, which a tra
 
 @contextmanager
 def refuse_custom_backward() -> Iterator[None]:
-    """While a model is traced, refuse functions whose backward is not the derivative of their forward, and hooks."""
+    """While a model is traced, refuse functions whose backward is not the derivative of their forward, and hooks.
+
+    What a model checkpoints itself, reentrantly, is traced as if it did not: the rest of the graph would be without
+    gradients. So is the checkpoint, where none of its inputs has one.
+    """
     original, register_hook = Function.apply, Tensor.register_hook
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         call = original.__func__  # type: ignore[attr-defined]
+        if cls is CheckpointFunction:
+            function, _, *inputs = args
+            is_learning = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+            with nullcontext() if is_learning else torch.no_grad():
+                return function(*inputs)
         if not cls.__module__.startswith("torch.") and not is_derivative(cls, args, call):
             raise CaptureError(
                 f"{cls.__module__}.{cls.__qualname__} is a torch.autograd.Function whose backward is not the "

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -40,6 +41,23 @@ def traceable_config(model: nn.Module) -> Iterator[None]:
 def without_saving() -> Iterator[None]:
     """Keep the caller's saved-tensor hooks (offloading, counting) away from what the trace saves: it has no memory."""
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
+
+
+@contextmanager
+def inference_as_no_grad() -> Iterator[None]:
+    """Trace `inference_mode` blocks as `no_grad` blocks: torch.export (2.11 to 2.13) overlooks the former.
+
+    What they compute would have a gradient in the graph.
+    """
+
+    def enter(self: torch.inference_mode) -> None:
+        self._grad_mode = torch.set_grad_enabled(not self.mode)  # type: ignore[attr-defined]
+
+    def leave(self: torch.inference_mode, *error: object) -> None:
+        self._grad_mode.__exit__(*error)  # type: ignore[attr-defined]
+
+    with mock.patch.multiple(torch.inference_mode, __enter__=enter, __exit__=leave):
         yield
 
 

@@ -55,3 +55,14 @@ def test_refuses_autocast_that_is_switched_on() -> None:
     assert find_blocks(copy_graph(module))
     with pytest.raises(CaptureError, match=r"switches autocast on inside its forward.*Cast the model instead"):
         operate(InlineBlocks(), module)
+
+
+def test_what_comes_out_as_it_went_in_keeps_its_gradient() -> None:
+    def cast(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = x.to(x.dtype).contiguous()  # x itself
+            z = torch.view_as_complex(x)
+        return y + z.abs().unsqueeze(-1)
+
+    done = operate(InlineBlocks(), trace(cast, "b s 2"))
+    assert done.after.count("aten.detach(") == 1, "of the complex numbers alone"
