@@ -12,6 +12,7 @@ from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter, SavedActivations
 from tests.proof import assert_exact
+from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
 
 NUM_LAYERS = 3
@@ -27,7 +28,7 @@ def _prove(name: str) -> dict[str, float]:
     return compare(make_checkpointed(name), 4, make_batch(2, 32))
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("name", sampled(["llama", "mixtral", "gpt2"], {"llama"}))
 def test_exact(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(_prove, name))
 

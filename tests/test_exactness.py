@@ -21,12 +21,12 @@ def test_architecture_on_two_ranks(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(prove, name, 2))
 
 
-@pytest.mark.parametrize("name", sampled(ARCHITECTURES, SAMPLE | {"mistral", "qwen3", "stablelm"}))
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, {"llama", "mistral", "mixtral", "stablelm"}))
 def test_architecture_on_four_ranks(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove, name, 4))
 
 
-@pytest.mark.parametrize("name", sampled(OTHERS, {"gemma2", "gpt_oss", "bloom", "falcon", "jetmoe"}))
+@pytest.mark.parametrize("name", sampled(OTHERS, {"gemma2", "bloom", "falcon", "jetmoe"}))
 def test_architecture_that_nothing_was_made_for(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove, name, 4))
 
@@ -35,13 +35,13 @@ FLOAT32_INSIDE = {"cohere"}
 """Its norm casts to float32 by name, whatever the model's dtype: the weight's gradient is a float32 sum of tokens."""
 
 
-@pytest.mark.parametrize("name", sampled(ARCHITECTURES, {"llama", "mistral", "mixtral", *FLOAT32_INSIDE}))
+@pytest.mark.parametrize("name", sampled(ARCHITECTURES, {"llama", "mixtral", *FLOAT32_INSIDE}))
 def test_double_precision(ranks: RankPool, name: str) -> None:
     results = ranks.run(prove, name, 4, dtype=torch.float64)
     assert_exact(results, torch.float32 if name in FLOAT32_INSIDE else torch.float64)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mistral", "mixtral"])
+@pytest.mark.parametrize("name", sampled(["llama", "opt", "mistral", "mixtral"], {"opt", "mistral"}))
 def test_eval_mode(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(prove, name, 2, is_training=False))
 
@@ -60,12 +60,12 @@ def test_batches(ranks: RankPool, name: str) -> None:
     assert_calls_exact(ranks.run(prove_batches, name, 4, batches), num_programs=2)
 
 
-def test_multi_query_heads(ranks: RankPool) -> None:
-    assert_exact(ranks.run(prove, "llama", 4, num_key_value_heads=1))
+def test_multi_query_heads(pair: RankPool) -> None:
+    assert_exact(pair.run(prove, "llama", 2, num_key_value_heads=1))
 
 
-def test_tied_embeddings(ranks: RankPool) -> None:
-    assert_exact(ranks.run(prove, "llama", 4, tie_word_embeddings=True))
+def test_tied_embeddings(pair: RankPool) -> None:
+    assert_exact(pair.run(prove, "llama", 2, tie_word_embeddings=True))
 
 
 @pytest.mark.parametrize("count", [7, torch.tensor(7)])
@@ -77,16 +77,16 @@ def test_without_labels(pair: RankPool) -> None:
     assert_exact(pair.run(prove, "llama", 2, batch={"input_ids": make_batch(2, 32)["input_ids"]}))
 
 
-def test_inputs_embeds(ranks: RankPool) -> None:
+def test_inputs_embeds(pair: RankPool) -> None:
     embeds = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))
     batch = {"inputs_embeds": embeds, "labels": make_batch(2, 32)["labels"]}
-    assert_exact(ranks.run(prove, "llama", 4, batch=batch))
+    assert_exact(pair.run(prove, "llama", 2, batch=batch))
 
 
-def test_shift_labels(ranks: RankPool) -> None:
+def test_shift_labels(pair: RankPool) -> None:
     batch = make_batch(2, 32)
     shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    assert_exact(ranks.run(prove, "llama", 4, batch={**batch, "shift_labels": shifted}))
+    assert_exact(pair.run(prove, "llama", 2, batch={**batch, "shift_labels": shifted}))
 
 
 def _prove_sum_convention(sp_size: int) -> dict[str, float]:

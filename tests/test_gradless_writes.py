@@ -15,6 +15,7 @@ from surgery import transform
 from surgery.verify.comparison import run_simulated, run_whole
 from surgery.verify.simulation import run_model
 from tests.proof import assert_exact
+from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
 
 
@@ -98,7 +99,10 @@ TRACED = [
 CALLED_WHOLE = [clamped, scaled_detached, written_afterwards, mapped]
 
 
-@pytest.mark.parametrize("function", [*TRACED, *CALLED_WHOLE])
+SAMPLE = {written_under_no_grad, cast_under_no_grad, inferred, clamped, mapped}
+
+
+@pytest.mark.parametrize("function", sampled([*TRACED, *CALLED_WHOLE], SAMPLE))
 def test_exact(function: Callable[[Tensor], Tensor]) -> None:
     model, batch = make_snippet(function), make_batch(2, 13)
     twin = transform(copy.deepcopy(model), 3)

@@ -18,7 +18,17 @@ from surgery.capture.learning import learn_results
 from surgery.capture.opaque_calls import Arguments, TensorSpec
 from surgery.verify.comparison import compare, relative_error
 from surgery.verify.ranks import RankPool
-from tests.opaque_modules import EXACT, REFUSED, Halving, Loop, make_opaque, make_reading
+from tests.opaque_modules import (
+    EXACT,
+    REFUSED,
+    AroundPair,
+    Halving,
+    Loop,
+    Overwriting,
+    StraightThrough,
+    make_opaque,
+    make_reading,
+)
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
@@ -32,12 +42,12 @@ def _prove(module_class: type[nn.Module], sp_size: int) -> dict[str, float]:
     return compare(make_opaque(module_class), sp_size, make_batch(3, 32))
 
 
-@pytest.mark.parametrize("module_class", EXACT)
+@pytest.mark.parametrize("module_class", sampled(EXACT, {Loop, AroundPair, StraightThrough, Overwriting}))
 def test_planted(ranks: RankPool, module_class: type[nn.Module]) -> None:
     assert_exact(ranks.run(_prove, module_class, 4))
 
 
-@pytest.mark.parametrize("name", sampled(FAST, {"mamba", "jamba", "lfm2"}))
+@pytest.mark.parametrize("name", sampled(FAST, {"mamba", "lfm2"}))
 def test_architecture(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(prove, name, 2))
 
