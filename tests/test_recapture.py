@@ -77,7 +77,7 @@ CALLS: dict[type[Wrapped], list[tuple[Any, tuple[int, int]]]] = {
     ByLength: [(leave, (2, length)) for length in (16, 24, 17)],
     ByLengthOfOne: [(leave, (1, length)) for length in (16, 24, 17)],
 }
-NUM_PROGRAMS = dict.fromkeys(CALLS, 2) | {ByDtype: 3, ByLengthOfOne: 3}
+NUM_PROGRAMS = dict.fromkeys(CALLS, 2) | {ByDtype: 3}
 
 
 def _prove(wrapped: type[Wrapped], sp_size: int) -> Any:
