@@ -166,6 +166,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 _DECODER = {
     "d_model": 64,
+    "num_hidden_layers": 1,  # the name that some have for the encoder's
     "encoder_layers": 1,
     "decoder_layers": 1,
     "encoder_attention_heads": 8,
