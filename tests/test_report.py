@@ -33,7 +33,7 @@ def planted() -> Any:
 
 @pytest.fixture(scope="module")
 def bart() -> Any:
-    return transform(make_model("bart", auto=AutoModelForSeq2SeqLM), SP_SIZE)
+    return transform(make_model("bart", auto=AutoModelForSeq2SeqLM, num_hidden_layers=2, decoder_layers=2), SP_SIZE)
 
 
 def report_of(model: Any) -> Report:

@@ -137,6 +137,7 @@ def _trace(
             ) from error
     _refuse_subgraphs(program)
     refuse_nonlinear_operators(program.graph)
+    _drop_writes(program, may_be_read=bool(opaque.reasons))
     captured = _to_capture(program, signature)
     captured.assumptions += _bounds(captured.batch, ranges["b"]) if captured.batch is not None else []
     for letter, length in zip(signature.letters, captured.lengths, strict=True):
@@ -200,7 +201,6 @@ def _is_mutable(node: fx.Node) -> bool:
 
 def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
     """Turn lifted parameters into `get_attr` nodes on the live model, and find the symbols of the sizes."""
-    _refuse_mutations(program)
     graph = program.graph_module.graph
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
     number = next(_captures)
@@ -264,13 +264,40 @@ def _refuse_subgraphs(program: ExportedProgram) -> None:
             )
 
 
-def _refuse_mutations(program: ExportedProgram) -> None:
-    mutated = [s.target for s in program.graph_signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
-    if mutated:
-        raise CaptureError(
-            f"the forward writes to {mutated[0]}, a buffer or input. Expected a forward that only computes: "
-            "ranks would keep different copies. Remove the buffer update, or run it outside the forward."
-        )
+def _drop_writes(program: ExportedProgram, *, may_be_read: bool) -> None:
+    """Leave out writes to buffers that are no state, as longrope's frequencies are; refuse all others.
+
+    Such a buffer is not saved, and is written anew in every call, before it is read: what is read is in the graph. It
+    follows from the inputs alone, so it tells nobody of the model's values. `may_be_read`: by modules called live.
+    """
+    signature, output = program.graph_signature, next(iter(program.graph.find_nodes(op="output")))
+    outputs: Any = list(zip(signature.output_specs, output.args[0], strict=True))
+    unread = {node.name for node in program.graph.find_nodes(op="placeholder") if not node.users and not may_be_read}
+    scratch = {spec.target for spec in signature.input_specs if not spec.persistent and _name_of(spec) in unread}
+    learnt = {_name_of(spec) for spec in signature.input_specs if spec.kind is InputKind.PARAMETER}
+    for spec, value in outputs:
+        is_scratch = spec.kind is OutputKind.BUFFER_MUTATION and spec.target in scratch
+        if spec.kind is not OutputKind.USER_OUTPUT and not (is_scratch and learnt.isdisjoint(_sources(value))):
+            raise CaptureError(
+                f"the forward writes to {spec.target}, a buffer or input. Expected a forward that only computes: "
+                "ranks would keep different copies. Remove the buffer update, or run it outside the forward."
+            )
+    output.args = (tuple(value for spec, value in outputs if spec.kind is OutputKind.USER_OUTPUT),)
+
+
+def _sources(node: fx.Node) -> set[str]:
+    """The names of the values that `node` was computed from."""
+    found: set[str] = set()
+    waiting = [node]
+    while waiting:
+        sources = [source for source in waiting.pop().all_input_nodes if source.name not in found]
+        found.update(source.name for source in sources)
+        waiting += sources
+    return found
+
+
+def _name_of(spec: InputSpec) -> str | None:
+    return getattr(spec.arg, "name", None)
 
 
 def _length(letter: str, signature: Signature, inputs: list[fx.Node]) -> sympy.Symbol:
