@@ -47,14 +47,15 @@ class LocateAttention:
 def has_heads(node: fx.Node) -> bool:
     """Whether query, key and value are [B, N, S, H], [B, Nk, S, H] of fixed sizes but B and S, and Nk divides N.
 
-    What else a model may attend over are no heads, or are broadcast.
+    A single key head is that of all, whether it is told to be repeated or broadcast. What else a model may attend over
+    are no heads, or are broadcast.
     """
     given = bind_arguments(node)
     query, key, value = (shape_of(given[name].meta["val"]) for name in ("query", "key", "value"))
     if not all(len(shape) == 4 and shape[1].is_Integer and shape[3].is_Integer for shape in (query, key, value)):
         return False
     repeats = given.get("enable_gqa", True)
-    are_grouped = query[1] % key[1] == 0 if repeats else query[1] == key[1]
+    are_grouped = key[1] == 1 or (query[1] % key[1] == 0 if repeats else query[1] == key[1])
     return bool(are_grouped) and key[:2] == value[:2] and query[0] == key[0]
 
 

@@ -56,7 +56,6 @@ def test_a_mask_of_the_models_own_has_no_description() -> None:
         ("4 b s 4", "4 b s 4"),
         ("b 1 s 4", "b 4 s 4"),
         ("b 4 s 4", "1 4 s 4"),
-        ("b 4 s 4", "b 1 s 4"),
     ],
 )
 def test_leaves_attention_without_heads_to_the_rule_table(query: str, keys: str) -> None:
@@ -64,6 +63,12 @@ def test_leaves_attention_without_heads_to_the_rule_table(query: str, keys: str)
     assert not done.context.sites
     assert done.before == done.after
     assert "[B, N, S, H]" in done.result.skips[0].reason
+
+
+def test_finds_a_key_head_that_is_broadcast() -> None:
+    module = trace(lambda q, k: F.scaled_dot_product_attention(q, k, k), "b 4 s 4", "b 1 s 4")
+    (site,) = operate(LocateAttention(), module).context.sites
+    assert (site.num_heads, site.num_kv_heads) == (4, 1)
 
 
 def test_refuses_attention_functions_without_heads() -> None:
