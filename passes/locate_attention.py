@@ -33,11 +33,11 @@ class LocateAttention:
         direct = list(graph.find_nodes(op="call_function", target=SDPA))
         headless = [node for node in direct if not has_heads(node)]
         skips = tuple(Skip(module_path(node), "expected query, key and value [B, N, S, H]") for node in headless)
-        for node in direct:
-            if node not in headless:
-                adopt(graph, node)
+        adopted = [(is_broadcast(node), adopt(graph, node)) for node in direct if node not in headless]
+        broadcast = {call for is_so, call in adopted if is_so}
         context.sites = find_sites(graph, context)
         for site in context.sites:
+            site.is_broadcast = site.node in broadcast
             check_extras(site)
         if context.has_document_ends:
             check_documents(graph, context.sites)
@@ -59,8 +59,15 @@ def has_heads(node: fx.Node) -> bool:
     return bool(are_grouped) and key[:2] == value[:2] and query[0] == key[0]
 
 
-def adopt(graph: fx.Graph, node: fx.Node) -> None:
-    """Turn a model's own `scaled_dot_product_attention` into an attention call like any other."""
+def is_broadcast(node: fx.Node) -> bool:
+    """Whether torch is to broadcast one key head to several query heads."""
+    given = bind_arguments(node)
+    query, key = (shape_of(given[name].meta["val"]) for name in ("query", "key"))
+    return bool(query[1] != key[1]) and not given["enable_gqa"]
+
+
+def adopt(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Turn a model's own `scaled_dot_product_attention` into an attention call like any other: the call."""
     given = bind_arguments(node)
     arguments = (given["query"], given["key"], given["value"], given["attn_mask"])
     with graph.inserting_before(node):
@@ -69,6 +76,7 @@ def adopt(graph: fx.Graph, node: fx.Node) -> None:
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.erase_node(node)
+    return call
 
 
 def find_sites(graph: fx.Graph, context: Context) -> list[Site]:

@@ -66,6 +66,8 @@ def lower_site(graph: fx.Graph, site: Site, context: Context) -> None:
         site.node.target = written_out if is_extended else sdpa
         site.node.args = (*tokens, given["dropout"], given["scale"])
         site.node.kwargs = {**site.node.kwargs, **(extras if is_extended else {})}
+        if site.is_broadcast:
+            site.node.kwargs = {**site.node.kwargs, "is_broadcast": True}
     else:
         shown = {name: value for name, value in keywords.items() if _is_constant(value)}
         hidden = {name: value for name, value in keywords.items() if name not in shown}

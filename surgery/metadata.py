@@ -80,7 +80,8 @@ class Mask:
 class Site:
     """One attention call. Sizes are of the whole model: `num_heads` N, `num_kv_heads` Nk, head sizes H.
 
-    `shares_rows`: of more ranks than heads, those of one head share its queries.
+    `shares_rows`: of more ranks than heads, those of one head share its queries. `is_broadcast`: the model leaves it to
+    torch to broadcast its one key head.
     """
 
     node: fx.Node
@@ -95,6 +96,7 @@ class Site:
     mask: Mask | None = None
     call: RecordedCall | None = None
     shares_rows: bool = False
+    is_broadcast: bool = False
 
     @property
     def implementation(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from surgery.attention.recorded import RecordedCall
@@ -105,10 +106,14 @@ def sdpa(
     *,
     is_causal: bool,
     axis: Axis,
+    is_broadcast: bool = False,
 ) -> Tensor:
     """`scaled_dot_product_attention` on this rank's heads: `[B, N/P, S, H]`, keys and values un-repeated.
 
     As in transformers, grouped heads go to the kernel as they are without a mask, and repeated with one.
+    `is_broadcast`: the unsharded model has one key head broadcast, which torch does by its formula, not by a kernel.
+    That matters for queries (padding) that a bias of the lowest number keeps from all keys: torch 2.13's kernel for
+    CPUs gives them other gradients than its own formula does. Once it does not, this can go.
     """
     if _is_idle(query):
         return without_heads(query, key, value)
@@ -116,16 +121,18 @@ def sdpa(
     mask = _own_mask(mask, query.shape[1], axis)
     if mask is not None and num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=is_causal and mask is None,
-        scale=scale,
-        enable_gqa=mask is None and num_groups > 1,
-    )
+    has_bias = mask is not None and mask.is_floating_point()
+    with sdpa_kernel(SDPBackend.MATH) if is_broadcast and has_bias else nullcontext():
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=is_causal and mask is None,
+            scale=scale,
+            enable_gqa=mask is None and num_groups > 1,
+        )
 
 
 def written_out(
