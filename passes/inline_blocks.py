@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from passes.remove_no_ops import keeps_type
 from surgery.errors import CaptureError
 from surgery.metadata import Context, where
 from surgery.pipeline import PassResult
-from surgery.rules.call import bind_arguments
 from surgery.shapes import to_expr
 
 SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+BLOCKS: dict[Any, int] = {SET_GRAD: 1, AUTOCAST: 4}
+"""At which of its arguments a block's sub-graph stands; its operands follow."""
 aten = torch.ops.aten
 CASTS = (aten.contiguous, aten.to, aten.type_as)
 
@@ -51,7 +53,21 @@ def inline_all(graph: fx.Graph) -> int:
 
 def find_blocks(graph: fx.Graph) -> list[fx.Node]:
     """The calls of wrapped sub-graphs."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target in (SET_GRAD, AUTOCAST)]
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in BLOCKS]
+
+
+def is_gradless(node: fx.Node) -> bool:
+    """Whether a node is a block under `no_grad`."""
+    return node.target is SET_GRAD and not node.args[0]
+
+
+def open_block(root: torch.nn.Module, node: fx.Node) -> tuple[fx.GraphModule, list[Any]]:
+    """The sub-graph of `root` that a block wraps, and the operands that it is called with."""
+    submodule, *operands = node.args[BLOCKS[node.target] :]
+    assert isinstance(submodule, fx.Node)
+    wrapped = root.get_submodule(str(submodule.target))
+    assert isinstance(wrapped, fx.GraphModule)
+    return wrapped, operands
 
 
 def inline(graph: fx.Graph, node: fx.Node) -> None:
@@ -61,17 +77,15 @@ def inline(graph: fx.Graph, node: fx.Node) -> None:
             f"{where(node)}: the model switches autocast on inside its forward, which one flat graph cannot keep. "
             "Cast the model instead (model.to(torch.bfloat16)), or remove the autocast block."
         )
-    position = 1 if node.target is SET_GRAD else 4
-    submodule, *operands = node.args[position:]
-    assert isinstance(submodule, fx.Node) and graph.owning_module is not None
-    wrapped = graph.owning_module.get_submodule(str(submodule.target))
-    assert isinstance(wrapped, fx.GraphModule)
+    assert graph.owning_module is not None
+    wrapped, operands = open_block(graph.owning_module, node)
+    submodule = node.args[BLOCKS[node.target]]
     with graph.inserting_before(node):
         results = _copy(graph, wrapped.graph, operands)
-        if node.target is SET_GRAD and not node.args[0]:
+        if is_gradless(node):
             results = [_detached(graph, result, operands) for result in results]
     _rewire(graph, node, results)
-    if not submodule.users:
+    if isinstance(submodule, fx.Node) and not submodule.users:
         graph.erase_node(submodule)
 
 
@@ -116,11 +130,11 @@ def _detached(graph: fx.Graph, result: Any, operands: list[Any]) -> Any:
 
 def is_itself(node: fx.Node) -> bool:
     """Whether an operation gives its very operand back: a cast to the same dtype, what is contiguous made so."""
-    if getattr(node.target, "overloadpacket", None) not in CASTS or bind_arguments(node).get("copy", False):
+    if getattr(node.target, "overloadpacket", None) not in CASTS or not keeps_type(node):
         return False
-    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-    strides = [[to_expr(stride) for stride in value.stride()] for value in (before, after)]
-    return strides[0] == strides[1] and (before.dtype, before.device) == (after.dtype, after.device)
+    values = (node.all_input_nodes[0].meta["val"], node.meta["val"])
+    strides = [[to_expr(stride) for stride in value.stride()] for value in values]
+    return strides[0] == strides[1]
 
 
 def _rewire(graph: fx.Graph, node: fx.Node, results: list[Any]) -> None:

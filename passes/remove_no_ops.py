@@ -53,7 +53,8 @@ def _keeps_shape(node: fx.Node) -> bool:
     return shape_of(node.meta["val"]) == shape_of(node.all_input_nodes[0].meta["val"])
 
 
-def _keeps_type(node: fx.Node) -> bool:
+def keeps_type(node: fx.Node) -> bool:
+    """Whether a cast is to the dtype and the device that its operand has, and no copy is asked for."""
     before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
     assert isinstance(before, Tensor) and isinstance(after, Tensor)
     is_copy = bind_arguments(node).get("copy", False)
@@ -66,5 +67,5 @@ NO_OPS: dict[str, Callable[[fx.Node], bool]] = {
     "aten::dropout": lambda node: not draws(node.target, node.args, node.kwargs),
     "aten::expand": _keeps_shape,
     "aten::slice": lambda node: _keeps_shape(node) and bind_arguments(node)["step"] == 1,
-    "aten::to": _keeps_type,
+    "aten::to": keeps_type,
 }

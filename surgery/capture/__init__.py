@@ -6,6 +6,7 @@ trace_settings, stand_ins      what is set otherwise for the time of a trace, an
 branches, fallbacks            a branch on data is followed on one side; what does not trace is tried otherwise
 culprits, opaque, learning     modules that no trace can follow are found, made one node, and learnt by running
 opaque_calls                   the calls of those as data
+buffer_writes                  what a forward writes to buffers, left out where it is no state
 
 What a trace would lose without a word is refused by `custom_backward`, `linearity`, `gradless_writes` and
 `host_randomness`.

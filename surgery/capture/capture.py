@@ -20,17 +20,18 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
 from passes.inline_blocks import AUTOCAST, SET_GRAD, inline_all
 from surgery.attention.recorded import RecordedCall, RecordedMask, Recording
 from surgery.capture.branches import Sides, describe_branches
+from surgery.capture.buffer_writes import drop_buffer_writes
 from surgery.capture.culprits import find_place, trace_around
 from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
 from surgery.capture.exporting import export_model
 from surgery.capture.fallbacks import Fallbacks
-from surgery.capture.gradless_writes import refuse_gradless_writes
+from surgery.capture.gradless_writes import refuse_gradless_writes, written_by
 from surgery.capture.host_randomness import refused_host_randomness
 from surgery.capture.opaque import OpaqueModules
 from surgery.capture.opaque_calls import InputSizes, OpaqueCall
@@ -122,7 +123,7 @@ def _trace(
         try:
             program, ranges = export_model(model, signature, example, fallbacks)
             refuse_gradless_writes(program)
-            if any(_is_mutable(node) for node in _nodes(program)):
+            if any(written_by(node) for node in _nodes(program)):
                 inline_all(program.graph)  # torch.export forgets about no_grad blocks on the way
                 program.graph_module.recompile()
                 program = functionalized(program)
@@ -137,7 +138,7 @@ def _trace(
             ) from error
     _refuse_subgraphs(program)
     refuse_nonlinear_operators(program.graph)
-    _drop_writes(program, may_be_read=bool(opaque.reasons))
+    drop_buffer_writes(program, may_be_read=bool(opaque.reasons))
     captured = _to_capture(program, signature)
     captured.assumptions += _bounds(captured.batch, ranges["b"]) if captured.batch is not None else []
     for letter, length in zip(signature.letters, captured.lengths, strict=True):
@@ -192,11 +193,6 @@ def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             yield from module.graph.nodes
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
@@ -262,42 +258,6 @@ def _refuse_subgraphs(program: ExportedProgram) -> None:
                 "dimensions that a graph does not show. Expected plain operations. Write it with a batch dimension, or "
                 "as a module of its own, which is then called whole."
             )
-
-
-def _drop_writes(program: ExportedProgram, *, may_be_read: bool) -> None:
-    """Leave out writes to buffers that are no state, as longrope's frequencies are; refuse all others.
-
-    Such a buffer is not saved, and is written anew in every call, before it is read: what is read is in the graph. It
-    follows from the inputs alone, so it tells nobody of the model's values. `may_be_read`: by modules called live.
-    """
-    signature, output = program.graph_signature, next(iter(program.graph.find_nodes(op="output")))
-    outputs: Any = list(zip(signature.output_specs, output.args[0], strict=True))
-    unread = {node.name for node in program.graph.find_nodes(op="placeholder") if not node.users and not may_be_read}
-    scratch = {spec.target for spec in signature.input_specs if not spec.persistent and _name_of(spec) in unread}
-    learnt = {_name_of(spec) for spec in signature.input_specs if spec.kind is InputKind.PARAMETER}
-    for spec, value in outputs:
-        is_scratch = spec.kind is OutputKind.BUFFER_MUTATION and spec.target in scratch
-        if spec.kind is not OutputKind.USER_OUTPUT and not (is_scratch and learnt.isdisjoint(_sources(value))):
-            raise CaptureError(
-                f"the forward writes to {spec.target}, a buffer or input. Expected a forward that only computes: "
-                "ranks would keep different copies. Remove the buffer update, or run it outside the forward."
-            )
-    output.args = (tuple(value for spec, value in outputs if spec.kind is OutputKind.USER_OUTPUT),)
-
-
-def _sources(node: fx.Node) -> set[str]:
-    """The names of the values that `node` was computed from."""
-    found: set[str] = set()
-    waiting = [node]
-    while waiting:
-        sources = [source for source in waiting.pop().all_input_nodes if source.name not in found]
-        found.update(source.name for source in sources)
-        waiting += sources
-    return found
-
-
-def _name_of(spec: InputSpec) -> str | None:
-    return getattr(spec.arg, "name", None)
 
 
 def _length(letter: str, signature: Signature, inputs: list[fx.Node]) -> sympy.Symbol:

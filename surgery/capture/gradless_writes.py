@@ -18,12 +18,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from passes.inline_blocks import AUTOCAST, SET_GRAD
+from passes.inline_blocks import BLOCKS, SET_GRAD, is_gradless, open_block
 from surgery.errors import CaptureError
 from surgery.metadata import where
+from surgery.rules.call import bind_arguments
 
-BLOCKS = {SET_GRAD: 1, AUTOCAST: 4}
-"""At which of its arguments a block's sub-graph stands, and the operands behind it."""
 LEARNING = (InputKind.PARAMETER, InputKind.USER_INPUT)
 
 
@@ -33,25 +32,34 @@ def refuse_gradless_writes(program: ExportedProgram) -> None:
     names = {spec.arg.name for spec in specs if spec.kind in LEARNING and hasattr(spec.arg, "name")}
     placeholders = program.graph.find_nodes(op="placeholder")
     learning = {node for node in placeholders if node.name in names and _is_floating(node)}
-    _check(program.graph_module, learning, is_gradless=False)
+    _check(program.graph_module, learning, is_under_no_grad=False)
 
 
-def _check(module: fx.GraphModule, learning: set[fx.Node], *, is_gradless: bool) -> None:
-    """Check a graph, given those of its inputs that have gradients; `is_gradless`: it is a block under `no_grad`."""
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The values that an operation writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    given = bind_arguments(node)
+    arguments = node.target._schema.arguments
+    written = [given[a.name] for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [value for value in pytree.tree_leaves(written) if isinstance(value, fx.Node)]
+
+
+def _check(module: fx.GraphModule, learning: set[fx.Node], *, is_under_no_grad: bool) -> None:
+    """Check a graph, or that of a block, given those of its inputs that have gradients."""
     for node in module.graph.nodes:
-        position = BLOCKS.get(node.target)
-        if position is not None:
-            _check_block(module, node, position, learning, is_gradless)
-        for written in _written_by(node):
+        if node.target in BLOCKS:
+            _check_block(module, node, learning, is_under_no_grad)
+        for written in written_by(node):
             base, is_detached = _base_of(written)
-            is_of_outside = is_gradless and base.op == "placeholder"
-            has_gradient = not is_gradless and any(x in learning for x in node.all_input_nodes if x is not written)
+            is_of_outside = is_under_no_grad and base.op == "placeholder"
+            has_gradient = not is_under_no_grad and any(x in learning for x in node.all_input_nodes if x is not written)
             is_without = is_detached or _is_gradless_result(base)
             if (base in learning and (is_detached or is_of_outside)) or (has_gradient and is_without):
                 raise _refusal(node)
             if has_gradient:
                 learning.add(base)
-        is_cut = is_gradless or node.target is torch.ops.aten.detach.default or _is_gradless_block(node)
+        is_cut = is_under_no_grad or node.target is torch.ops.aten.detach.default or is_gradless(node)
         if not is_cut and _is_floating(node) and not learning.isdisjoint(node.all_input_nodes):
             learning.add(node)
 
@@ -64,35 +72,16 @@ def _refusal(node: fx.Node) -> CaptureError:
     )
 
 
-def _check_block(
-    module: fx.GraphModule, node: fx.Node, position: int, learning: set[fx.Node], is_gradless: bool
-) -> None:
-    name, *operands = node.args[position:]
-    assert isinstance(name, fx.Node)
-    block = module.get_submodule(str(name.target))
-    assert isinstance(block, fx.GraphModule)
+def _check_block(module: fx.GraphModule, node: fx.Node, learning: set[fx.Node], is_under_no_grad: bool) -> None:
+    block, operands = open_block(module, node)
     pairs = zip(block.graph.find_nodes(op="placeholder"), operands, strict=True)
     inner = {placeholder for placeholder, operand in pairs if operand in learning}
-    _check(block, inner, is_gradless=not node.args[0] if node.target is SET_GRAD else is_gradless)
-
-
-def _is_gradless_block(node: fx.Node) -> bool:
-    return node.target is SET_GRAD and not node.args[0]
+    _check(block, inner, is_under_no_grad=is_gradless(node) if node.target is SET_GRAD else is_under_no_grad)
 
 
 def _is_gradless_result(node: fx.Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and _is_gradless_block(source)
-
-
-def _written_by(node: fx.Node) -> list[fx.Node]:
-    """The values that an operation writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    arguments = node.target._schema.arguments
-    given = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
-    written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [value for value in written if isinstance(value, fx.Node)]
+    return isinstance(source, fx.Node) and is_gradless(source)
 
 
 def _base_of(node: fx.Node) -> tuple[fx.Node, bool]:
