@@ -12,13 +12,18 @@ import inspect
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT_S = 600
+GRACE_S = 60
+"""How much longer the others have once a rank has failed."""
 END = "no more values"
+Answer = tuple[str | None, Any]
+"""What a rank sends: the traceback of its failure, or none and its result."""
 PRELOADED = ["torch", "transformers", "transformers.exporters", "surgery"]
 
 
@@ -31,6 +36,7 @@ class RankPool:
 
     def __init__(self, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
+        self._is_lost = False
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         store = os.path.join(tempfile.mkdtemp(prefix="surgery-ranks-"), "store")
@@ -46,7 +52,8 @@ class RankPool:
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call `function` on every rank; raises with the first failing rank's traceback.
 
-        Raises `RanksLostError` where a rank dies, or does not answer in time: the world can only be closed then.
+        Raises `RanksLostError` where a rank dies, or does not answer in time, as when it waits for one that failed: the
+        world can only be closed then.
         """
         self._send((function, args, kwargs))
         return self._answers()
@@ -59,21 +66,42 @@ class RankPool:
             self._send(None)
 
     def _send(self, message: Any) -> None:
+        if self._is_lost:
+            raise RanksLostError("a rank was lost before: the others may still wait for it")
         for pipe in self._pipes:
             pipe.send(message)
 
     def _answers(self) -> list[Any]:
-        answers = [self._answer(rank, pipe) for rank, pipe in enumerate(self._pipes)]
-        failures = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text is not None]
+        answers = self._receive_all()
+        failures = [f"rank {rank}:\n{text}" for rank, (text, _) in sorted(answers.items()) if text is not None]
+        if len(answers) < len(self._pipes):
+            missing = [rank for rank in range(len(self._pipes)) if rank not in answers]
+            self._is_lost = True
+            raise RanksLostError("\n".join([f"ranks {missing} did not answer in time", *failures]))
         assert not failures, "\n".join(failures)
-        return [result for _, result in answers]
+        return [answers[rank][1] for rank in range(len(self._pipes))]
 
-    def _answer(self, rank: int, pipe: Connection) -> tuple[str | None, Any]:
+    def _receive_all(self) -> dict[int, Answer]:
+        """What the ranks answer within the time they have, which is short once one has failed: the others may wait."""
+        answers: dict[int, Answer] = {}
+        deadline_s = time.monotonic() + self.timeout_s
+        while len(answers) < len(self._pipes):
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = wait(waiting, max(deadline_s - time.monotonic(), 0))
+            if not ready:
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                answers[waiting[pipe]] = self._receive(waiting[pipe])
+            if any(text is not None for text, _ in answers.values()):
+                deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
+        return answers
+
+    def _receive(self, rank: int) -> Answer:
         try:
-            if not pipe.poll(self.timeout_s):
-                raise RanksLostError(f"rank {rank} did not answer within {self.timeout_s} s")
-            answer: tuple[str | None, Any] = pipe.recv()
+            answer: Answer = self._pipes[rank].recv()
         except (EOFError, ConnectionError) as error:
+            self._is_lost = True
             raise RanksLostError(f"rank {rank} died") from error
         return answer
 
