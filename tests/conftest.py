@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from surgery.verify.ranks import RankPool
+from tests.worlds import World
 
 torch.set_num_threads(1)
 
@@ -28,3 +29,10 @@ def pair() -> Iterator[RankPool]:
     pool = RankPool(world_size=2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.sweep)], ids="P={}".format)
+def world(request: pytest.FixtureRequest) -> World:
+    """Two ranks, and with `make test-all` also four."""
+    size: int = request.param
+    return World(request.getfixturevalue({2: "pair", 4: "ranks"}[size]), size)

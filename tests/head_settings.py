@@ -115,13 +115,14 @@ def check(setting: Setting, attend: Attend = attend_on_ranks) -> None:
 
 
 def with_heads(num_heads: int, num_kv_heads: int) -> dict[str, Any]:
+    """Changes to a config that give it so many heads."""
     sizes = {"hidden_size": num_heads * 8, "head_dim": 8}
     return {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, **sizes}
 
 
 def count_step(num_heads: int, num_kv_heads: int) -> tuple[dict[str, int], list[list[int]]]:
     """Collectives of a step, and the bytes that each all-to-all is given, forward and backward."""
-    model = transform(make_model("llama", num_hidden_layers=1, **with_heads(num_heads, num_kv_heads)), 4)
+    model = transform(make_model("llama", **with_heads(num_heads, num_kv_heads)), 4)
     batch = make_batch(2, 32)
     with CollectiveCounter() as forward:
         loss = model(**batch, num_items_in_batch=7).loss

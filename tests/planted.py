@@ -124,14 +124,14 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class Planted(nn.Module):
     """An MLP whose input has gone through a planted operation."""
 
-    def __init__(self, mlp: nn.Module, name: str, width: int) -> None:
+    def __init__(self, mlp: nn.Module, operation: Callable[[Tensor, Tensor], Tensor], width: int) -> None:
         super().__init__()
         self.mlp = mlp
-        self.name = name
+        self.operation = operation
         self.weight = nn.Parameter(torch.randn(width, width) * 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.mlp(PLANTED[self.name](x, self.weight))
+        output: Tensor = self.mlp(self.operation(x, self.weight))
         return output
 
 
@@ -147,10 +147,14 @@ ODD_LENGTHS = [
 """Those that the default run proves at a length that P does not divide, which asks for more than one that it does."""
 
 
-def make_planted(name: str) -> Any:
+def make_planted(name: str, **changes: Any) -> Any:
     """A Llama whose first layer has the operation `name` before its MLP."""
-    model = make_model("llama")
+    return plant(make_model("llama", **changes), PLANTED[name])
+
+
+def plant(model: Any, operation: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """The Llama `model` with an operation on tokens and a weight before its first MLP."""
     torch.manual_seed(2)
     layer = model.model.layers[0]
-    layer.mlp = Planted(layer.mlp, name, 64)
+    layer.mlp = Planted(layer.mlp, operation, 64)
     return model

@@ -32,13 +32,13 @@ def prove(
 
 
 def prove_calls(
-    model: Any, sp_size: int, calls: Sequence[tuple[Callable[[Any], Any], dict[str, Any]]]
+    model: Any, sp_size: int, calls: Sequence[tuple[Callable[[Any], Any], dict[str, Any]]], **options: Any
 ) -> tuple[list[dict[str, float]], int]:
     """The errors of each call of one transformed model, on this rank, and how many graphs they took.
 
-    A call is a change, made to the model and its transformed twin, and a batch.
+    A call is a change, made to the model and its transformed twin, and a batch. `options` are those of `transform`.
     """
-    twin, found = transform(copy.deepcopy(model), sp_size, example=calls[0][1]), []
+    twin, found = transform(copy.deepcopy(model), sp_size, **{"example": calls[0][1], **options}), []
     for change, batch in calls:
         for each in (model, twin):
             change(each)
@@ -63,8 +63,10 @@ def assert_exact(results: list[dict[str, float]], dtype: torch.dtype = torch.flo
         assert error <= TOLERANCE[dtype], f"rank {rank}: {name} is off by {error:.2e} (allowed {TOLERANCE[dtype]:.0e})"
 
 
-def assert_calls_exact(results: list[tuple[list[dict[str, float]], int]], num_programs: int) -> None:
+def assert_calls_exact(
+    results: list[tuple[list[dict[str, float]], int]], num_programs: int, dtype: torch.dtype = torch.float32
+) -> None:
     """Every call of `prove_calls` is exact on every rank, and they took so many graphs."""
     for by_rank in zip(*(calls for calls, _ in results), strict=True):
-        assert_exact(list(by_rank))
+        assert_exact(list(by_rank), dtype)
     assert [count for _, count in results] == [num_programs] * len(results)

@@ -96,7 +96,7 @@ class WithGenerator(Loop):
 
 def make_shown(module: nn.Module) -> Any:
     """A Llama whose logits are what `module` puts in the place of its last norm."""
-    model = make_model("llama", vocab_size=WIDTH, num_hidden_layers=1)
+    model = make_model("llama", vocab_size=WIDTH)
     model.model.norm = module
     with torch.no_grad():
         model.lm_head.weight.copy_(torch.eye(WIDTH))
@@ -117,6 +117,7 @@ def make_attending(dropout: float) -> Any:
         head_dim=HEAD_SIZE,
         num_attention_heads=NUM_HEADS,
         num_key_value_heads=NUM_HEADS,
+        num_hidden_layers=2,
         attention_dropout=dropout,
     )
     with torch.no_grad():

@@ -47,7 +47,7 @@ def _batch(*present: int) -> dict[str, Tensor]:
 
 
 def _prove_sides() -> tuple[list[dict[str, float]], list[tuple[bool, ...]]]:
-    whole = Asking(make_model("llama", num_hidden_layers=1))
+    whole = Asking(make_model("llama"))
     twin: Any = transform(copy.deepcopy(whole), 4)
     errors = []
     for present in ((), (RARE,), (RARE, RARE + 1), (RARE,)):
@@ -69,7 +69,7 @@ def test_each_side_gets_a_graph_of_its_own(ranks: RankPool) -> None:
 
 
 def _take_the_other_side_compiled() -> str:
-    model = transform(Asking(make_model("llama", num_hidden_layers=1)), 2)
+    model = transform(Asking(make_model("llama")), 2)
     compiled: Any = torch.compile(model, backend="eager")
     compiled(**_batch())
     with pytest.raises(OtherBranchError) as caught:
@@ -83,6 +83,6 @@ def test_a_compiled_graph_refuses_the_other_side(pair: RankPool) -> None:
 
 
 def test_the_report_says_where_data_decide() -> None:
-    model = transform(Asking(make_model("llama", num_hidden_layers=1)), 2)
+    model = transform(Asking(make_model("llama")), 2)
     record = next(row for row in model.surgery.report().summary.passes if row.name == "call-opaque-modules")
     assert [row.first.reason.split(",")[0] for row in record.skips] == ["asks what is in the data"] * 3

@@ -9,10 +9,10 @@ import torch
 
 from surgery import restore, transform
 from surgery.verify.comparison import compare
-from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter, SavedActivations
 from tests.proof import assert_exact
 from tests.sampling import sampled
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 NUM_LAYERS = 3
@@ -24,32 +24,32 @@ def make_checkpointed(name: str) -> Any:
     return model
 
 
-def _prove(name: str) -> dict[str, float]:
-    return compare(make_checkpointed(name), 4, make_batch(2, 32))
+def _prove(name: str, sp_size: int) -> dict[str, float]:
+    return compare(make_checkpointed(name), sp_size, make_batch(2, 32))
 
 
 @pytest.mark.parametrize("name", sampled(["llama", "mixtral", "gpt2"], {"llama"}))
-def test_exact(ranks: RankPool, name: str) -> None:
-    assert_exact(ranks.run(_prove, name))
+def test_exact(world: World, name: str) -> None:
+    assert_exact(world.run(_prove, name, world.sp_size))
 
 
-def _prove_compiled() -> dict[str, float]:
+def _prove_compiled(sp_size: int) -> dict[str, float]:
     torch._dynamo.reset()
     model = make_checkpointed("llama")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    return compare(model, 4, make_batch(2, 32), run=compiled)
+    return compare(model, sp_size, make_batch(2, 32), run=compiled)
 
 
-def test_exact_when_compiled(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_prove_compiled))
+def test_exact_when_compiled(world: World) -> None:
+    assert_exact(world.run(_prove_compiled, world.sp_size))
 
 
-def _saved_and_sent(is_checkpointed: bool) -> tuple[int, int]:
+def _saved_and_sent(sp_size: int, is_checkpointed: bool) -> tuple[int, int]:
     """Bytes saved for backward, and the all-to-alls of a step."""
     model = make_model("llama", num_hidden_layers=NUM_LAYERS)
     if is_checkpointed:
         model.gradient_checkpointing_enable()
-    transform(model, 4)
+    transform(model, sp_size)
     batch = make_batch(2, 256)
     with SavedActivations(model) as saved, CollectiveCounter() as counter:
         model(**batch).loss.backward()
@@ -57,17 +57,17 @@ def _saved_and_sent(is_checkpointed: bool) -> tuple[int, int]:
     return saved.total_bytes, counter.calls["all_to_all_single"]
 
 
-def test_activations_are_recomputed(ranks: RankPool) -> None:
-    kept, sent = ranks.run(_saved_and_sent, False)[0]
-    kept_less, sent_again = ranks.run(_saved_and_sent, True)[0]
+def test_activations_are_recomputed(world: World) -> None:
+    kept, sent = world.run(_saved_and_sent, world.sp_size, False)[0]
+    kept_less, sent_again = world.run(_saved_and_sent, world.sp_size, True)[0]
     assert sent == 4 * NUM_LAYERS
     assert sent_again == 6 * NUM_LAYERS, "the forward's two are run again"
     assert kept_less < kept
 
 
-def _switched() -> list[int]:
+def _switched(sp_size: int) -> list[int]:
     """The programs after steps with checkpointing off, on, and off again."""
-    model = transform(make_model("llama"), 4)
+    model = transform(make_model("llama"), sp_size)
     batch = make_batch(2, 32)
     model(**batch)
     model.gradient_checkpointing_enable()
@@ -81,5 +81,5 @@ def _switched() -> list[int]:
     return found
 
 
-def test_switching_captures_nothing(ranks: RankPool) -> None:
-    assert ranks.run(_switched) == [[1, 1]] * 4
+def test_switching_captures_nothing(world: World) -> None:
+    assert world.run(_switched, world.sp_size) == [[1, 1]] * world.sp_size

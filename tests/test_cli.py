@@ -14,7 +14,7 @@ from tests.zoo import make_config
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    make_config("llama").save_pretrained(folder)
+    make_config("llama", num_hidden_layers=2).save_pretrained(folder)
     return folder
 
 

@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from surgery import restore, transform
-from surgery.verify.comparison import TOLERANCE, gradients_of, relative_error
+from surgery.verify.comparison import TOLERANCE, compare, gradients_of, relative_error
 from surgery.verify.ranks import RankPool
+from tests.proof import assert_exact
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 LENGTHS = (32, 48, 33, 64, 31, 32)
@@ -36,41 +38,45 @@ def _errors(model: Any, reference: Any, compiled: Any, length: int) -> float:
     return max(errors)
 
 
-def _run_lengths(
-    backend: str, name: str, sp_size: int, lengths: tuple[int, ...], is_training: bool
-) -> tuple[float, int]:
+def _run_lengths(name: str, sp_size: int, is_training: bool) -> tuple[float, int]:
+    """The worst error over all lengths, of which only the first two may compile, and the graph breaks."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = make_model(name, num_hidden_layers=1).train(is_training)
+    model = make_model(name).train(is_training)
     reference = copy.deepcopy(model)
     transform(model, sp_size)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    worst = max(_errors(model, reference, compiled, length) for length in lengths[:COMPILED_FIRST])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    worst = max(_errors(model, reference, compiled, length) for length in LENGTHS[:COMPILED_FIRST])
     with torch.compiler.set_stance("fail_on_recompile"):
-        worst = max([worst, *(_errors(model, reference, compiled, length) for length in lengths[COMPILED_FIRST:])])
+        worst = max([worst, *(_errors(model, reference, compiled, length) for length in LENGTHS[COMPILED_FIRST:])])
     num_breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     restore(model)
     return worst, num_breaks
 
 
 @pytest.mark.parametrize(("name", "is_training"), [("llama", True), ("gpt2", False)])
-def test_one_graph_for_all_lengths(ranks: RankPool, name: str, is_training: bool) -> None:
-    for worst, num_breaks in ranks.run(_run_lengths, "aot_eager", name, 4, LENGTHS, is_training):
+def test_one_graph_for_all_lengths(world: World, name: str, is_training: bool) -> None:
+    for worst, num_breaks in world.run(_run_lengths, name, world.sp_size, is_training):
         assert num_breaks == 0
         assert worst <= TOLERANCE[torch.float32]
+
+
+def _prove_inductor() -> dict[str, float]:
+    torch._dynamo.reset()
+    model = make_model("llama")
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=True)
+    return compare(model, 2, make_batch(2, 33), run=compiled)
 
 
 def test_inductor_is_exact(pair: RankPool) -> None:
-    for worst, num_breaks in pair.run(_run_lengths, "inductor", "llama", 2, LENGTHS[:3], True):
-        assert num_breaks == 0
-        assert worst <= TOLERANCE[torch.float32]
+    assert_exact(pair.run(_prove_inductor))
 
 
 def _captured_while_compiling() -> tuple[int, float]:
     """A signature seen for the first time by Dynamo itself: no labels, and eval mode."""
     torch._dynamo.reset()
-    model = transform(make_model("qwen2", num_hidden_layers=1), 2)
-    reference = make_model("qwen2", num_hidden_layers=1)
+    model = transform(make_model("qwen2"), 2)
+    reference = make_model("qwen2")
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     ids = make_batch(2, 32)["input_ids"]
     train = model.surgery.gather(compiled(input_ids=ids).logits)
@@ -121,7 +127,7 @@ def test_inductor_fuses_the_packing() -> None:
     Besides what the unsharded model has there are two kernels: one unpacks what the second all-to-all brings, one cuts
     the integer labels for the backward. The collectives are those of the eager model.
     """
-    model = make_model("llama", num_hidden_layers=1)
+    model = make_model("llama")
     whole, _ = _generated_code(copy.deepcopy(model))
     forward, backward = _generated_code(transform(model, 2, check_inputs="never"))
     assert len(_kernels(forward)) <= len(_kernels(whole)) + 2

@@ -24,7 +24,7 @@ def _count_step(
     name: str, sp_size: int, num_kv_heads: int
 ) -> tuple[dict[str, int], dict[str, int], list[int], list[int]]:
     """Collectives forward and backward, and the bytes that each all-to-all sends."""
-    model = transform(make_model(name, num_key_value_heads=num_kv_heads), sp_size)
+    model = transform(make_model(name, num_hidden_layers=NUM_LAYERS, num_key_value_heads=num_kv_heads), sp_size)
     batch = make_batch(BATCH_SIZE, LENGTH)
     model(**batch)
     with CollectiveCounter() as forward:

@@ -13,8 +13,8 @@ from transformers.models.bloom.modeling_bloom import GeLUFunction
 from surgery import UnsupportedOperationError, transform
 from surgery.capture.custom_backward import is_derivative
 from surgery.verify.comparison import compare
-from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 
@@ -94,7 +94,7 @@ class Calling(nn.Module):
 
 
 def make_calling(name: str) -> Any:
-    model = make_model("llama", num_hidden_layers=1)
+    model = make_model("llama")
     model.model.layers[0].mlp = Calling(model.model.layers[0].mlp, name)
     return model
 
@@ -103,9 +103,8 @@ def _prove_halved(sp_size: int) -> dict[str, float]:
     return compare(make_calling("halved_gradient"), sp_size, make_batch(2, 13))
 
 
-def test_an_operator_with_a_linear_backward_is_exact(pair: RankPool, ranks: RankPool) -> None:
-    assert_exact(pair.run(_prove_halved, 2))
-    assert_exact(ranks.run(_prove_halved, 4))
+def test_an_operator_with_a_linear_backward_is_exact(world: World) -> None:
+    assert_exact(world.run(_prove_halved, world.sp_size))
 
 
 def test_one_with_another_backward_is_refused() -> None:

@@ -117,8 +117,8 @@ class Branching(nn.Module):
 
 def test_not_exportable() -> None:
     model = make_model("llama")
-    model.model.layers[1].mlp = Branching(model.model.layers[1].mlp)
-    with pytest.raises(UnsupportedOperationError, match=r"layers\.1\.mlp.*Branching is called whole.*on_unknown"):
+    model.model.layers[0].mlp = Branching(model.model.layers[0].mlp)
+    with pytest.raises(UnsupportedOperationError, match=r"layers\.0\.mlp.*Branching is called whole.*on_unknown"):
         transform(model, 2, on_unknown="refuse")
     assert "forward" not in model.__dict__
 
@@ -128,7 +128,7 @@ def _checkpoint(model: Any) -> None:
 
 
 def _hook(model: Any) -> None:
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
 
 
 def _offload(model: Any) -> None:
@@ -145,7 +145,7 @@ def _record(model: Any) -> None:
 
 DROPPED: dict[Callable[[Any], None], str] = {
     _checkpoint: "gradient checkpointing is switched on in LlamaForCausalLM",
-    _hook: r"a hook .* on model\.layers\.1\.mlp",
+    _hook: r"a hook .* on model\.layers\.0\.mlp",
     _offload: r"model\.layers\.0 are offloaded",
     _quantize: "quantized",
     _record: "output_hidden_states",
@@ -168,7 +168,7 @@ def test_a_model_without_ranks_says_how_to_launch() -> None:
 
 @pytest.mark.parametrize("value", [[1, 2], {"full_attention": torch.ones(2, 32)}, (torch.ones(2, 32),)])
 def test_arguments_whose_contents_may_change(value: Any) -> None:
-    model = transform(make_model("llama", num_hidden_layers=1), 2)
+    model = transform(make_model("llama"), 2)
     with pytest.raises(InputError, match=r"attention_mask: a (list|dict|tuple), whose contents"):
         model.surgery.prepare(**make_batch(2, 32), attention_mask=value)
 
@@ -270,8 +270,8 @@ def test_an_attention_call_with_something_for_each_head_is_refused_on_request() 
             return super().forward(*args, **kwargs)
 
     model = make_model("llama")
-    model.model.layers[1].self_attn.__class__ = Sloped
-    named = r"Sloped is called whole.*model\.layers\.1\.self_attn passes slopes of shape \(8,\).*8 heads"
+    model.model.layers[0].self_attn.__class__ = Sloped
+    named = r"Sloped is called whole.*model\.layers\.0\.self_attn passes slopes of shape \(8,\).*8 heads"
     with pytest.raises(UnsupportedOperationError, match=named):
         transform(model, 2, on_unknown="refuse")
 

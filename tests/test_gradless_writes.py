@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from surgery import transform
-from surgery.verify.comparison import run_simulated, run_whole
-from surgery.verify.simulation import run_model
+from surgery import restore, transform
+from surgery.verify.comparison import run_sharded, run_whole
+from tests.planted import plant
 from tests.proof import assert_exact
 from tests.sampling import sampled
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 
@@ -74,46 +75,43 @@ def checkpointed(x: Tensor) -> Tensor:
     return x + torch.as_tensor(checkpoint(lambda y: y.softmax(1), x, use_reentrant=True))
 
 
-class Snippet(nn.Module):
-    def __init__(self, inner: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.inner, self.function = inner, function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.inner(self.function(x)))
-
-
-def make_snippet(function: Callable[[Tensor], Tensor]) -> Any:
-    model = make_model("llama", num_hidden_layers=1)
-    model.model.layers[0].mlp = Snippet(model.model.layers[0].mlp, function)
-    return model
-
-
-TRACED = [
-    inferred,
-    written_under_no_grad,
-    read_beside_a_write,
-    cast_under_no_grad,
-    checkpointed,
-]
+TRACED = [inferred, written_under_no_grad, read_beside_a_write, cast_under_no_grad, checkpointed]
 CALLED_WHOLE = [clamped, scaled_detached, written_afterwards, mapped]
+SAMPLE = {written_under_no_grad, cast_under_no_grad, inferred, clamped}
 
 
-SAMPLE = {written_under_no_grad, cast_under_no_grad, inferred, clamped, mapped}
+def _make(function: Callable[[Tensor], Tensor]) -> Any:
+    return plant(make_model("llama"), lambda x, weight: function(x @ weight))
+
+
+def _prove(function: Callable[[Tensor], Tensor], sp_size: int) -> tuple[dict[str, float], bool]:
+    """The errors on this rank, and whether the function's module is called whole."""
+    model, batch = _make(function), make_batch(2, 13)
+    reference = run_whole(copy.deepcopy(model), batch)
+    transform(model, sp_size, example=batch)
+    errors = run_sharded(model, reference, batch)
+    is_called_whole = "Planted" in str(model.surgery.report())
+    restore(model)
+    return errors, is_called_whole
 
 
 @pytest.mark.parametrize("function", sampled([*TRACED, *CALLED_WHOLE], SAMPLE))
-def test_exact(function: Callable[[Tensor], Tensor]) -> None:
-    model, batch = make_snippet(function), make_batch(2, 13)
-    twin = transform(copy.deepcopy(model), 3)
-    assert_exact([run_simulated(twin, run_whole(model, batch), batch)])
-    assert ("Snippet" in str(twin.surgery.report())) == (function in CALLED_WHOLE)
+def test_exact(world: World, function: Callable[[Tensor], Tensor]) -> None:
+    results = world.run(_prove, function, world.sp_size)
+    assert_exact([errors for errors, _ in results])
+    assert all(is_called_whole == (function in CALLED_WHOLE) for _, is_called_whole in results)
 
 
-def test_captured_for_a_call_without_gradients() -> None:
-    """The same program serves calls with gradients."""
-    model, batch = make_snippet(read_beside_a_write), make_batch(2, 13)
+def _prove_captured_without_gradients(sp_size: int) -> dict[str, float]:
+    model, batch = _make(read_beside_a_write), make_batch(2, 13)
+    reference = run_whole(copy.deepcopy(model), batch)
     with torch.no_grad():
-        twin = transform(copy.deepcopy(model), 3)
-        run_model(twin, batch)
-    assert_exact([run_simulated(twin, run_whole(model, batch), batch)])
+        transform(model, sp_size)(**batch)
+    errors = run_sharded(model, reference, batch)
+    restore(model)
+    return errors
+
+
+def test_captured_for_a_call_without_gradients(world: World) -> None:
+    """The same program serves calls with gradients."""
+    assert_exact(world.run(_prove_captured_without_gradients, world.sp_size))

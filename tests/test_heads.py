@@ -20,6 +20,7 @@ from tests.head_settings import (
 )
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 COUNTS = [(6, 3), (6, 6), (5, 1), (7, 7), (8, 1), (3, 1), (2, 2), (2, 1), (1, 1), (12, 6), (14, 2)]
@@ -85,7 +86,8 @@ WINDOWS = [(name, num_heads) for name in ("mistral", "gpt_oss") for num_heads in
 
 @pytest.mark.parametrize(("name", "num_heads"), sampled(WINDOWS, {("gpt_oss", 6)}))
 def test_windows_and_sinks_with_odd_lengths(ranks: RankPool, name: str, num_heads: int) -> None:
-    assert_exact(ranks.run(prove, name, 4, length=31, **with_heads(num_heads, num_heads // 2)))
+    changes = {"num_hidden_layers": 1, **with_heads(num_heads, num_heads // 2)}
+    assert_exact(ranks.run(prove, name, 4, length=31, **changes))
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "length"), [(6, 3, 33), (3, 1, 3)])
@@ -105,15 +107,15 @@ def test_double_precision(ranks: RankPool, num_heads: int) -> None:
     assert_exact(results, torch.float64)
 
 
-def _prove_compiled(num_heads: int) -> dict[str, float]:
+def _prove_compiled(sp_size: int) -> dict[str, float]:
     torch._dynamo.reset()
-    model = make_model("llama", num_hidden_layers=1, **with_heads(num_heads, num_heads))
+    model = make_model("llama", **with_heads(sp_size - 1, sp_size - 1))
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    return compare(model, 4, make_batch(2, 31), run=compiled)
+    return compare(model, sp_size, make_batch(2, 31), run=compiled)
 
 
-def test_compiled_with_more_ranks_than_heads(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_prove_compiled, 3))
+def test_compiled_with_more_ranks_than_heads(world: World) -> None:
+    assert_exact(world.run(_prove_compiled, world.sp_size))
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), sampled([(6, 3), (5, 1), (6, 2), (5, 5)], {(6, 3), (5, 1)}))

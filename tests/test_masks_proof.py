@@ -17,27 +17,33 @@ from surgery.verify.ranks import RankPool
 from tests.batches import packed, padded
 from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches
 from tests.sampling import sampled
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 
 @pytest.mark.parametrize("name", sampled(["llama", "gpt2", "mistral", "opt"], {"llama", "mistral"}))
-def test_padding(ranks: RankPool, name: str) -> None:
+def test_padding(world: World, name: str) -> None:
     ones = {**make_batch(2, 32), "attention_mask": torch.ones(2, 32, dtype=torch.long)}
     batches = [padded("left"), padded("right"), padded("both"), ones]
-    assert_calls_exact(ranks.run(prove_batches, name, 4, batches), num_programs=1)
+    assert_calls_exact(world.run(prove_batches, name, world.sp_size, batches), num_programs=1)
 
 
 @pytest.mark.parametrize("name", sampled(["llama", "qwen3", "gemma3_text", "mistral"], {"llama", "gemma3_text"}))
-def test_packed_documents(ranks: RankPool, name: str) -> None:
+def test_packed_documents(world: World, name: str) -> None:
     batches = [packed((5, 20, 7)), packed((32,)), packed((9, 9))]
-    assert_calls_exact(ranks.run(prove_batches, name, 4, batches), num_programs=1)
+    assert_calls_exact(world.run(prove_batches, name, world.sp_size, batches), num_programs=1)
 
 
-def test_explicit_mask(pair: RankPool) -> None:
+def test_a_bias_on_a_broadcast_key(world: World) -> None:
+    """The last of the padding predicts the first token: gradients of a query that sees no key, by torch's formula."""
+    assert_exact(world.run(prove, "falcon", world.sp_size, batch=padded("left"), alibi=True))
+
+
+def test_explicit_mask(world: World) -> None:
     visible = torch.ones(32, 32, dtype=torch.bool).tril().logical_and(torch.rand(32, 32) < 0.7)
     visible = visible | torch.eye(32, dtype=torch.bool)
     batch = {**make_batch(2, 32), "attention_mask": visible.expand(2, 1, -1, -1).contiguous()}
-    assert_exact(pair.run(prove, "llama", 2, batch=batch))
+    assert_exact(world.run(prove, "llama", world.sp_size, batch=batch))
 
 
 def _fading(length: int) -> Tensor:

@@ -31,6 +31,7 @@ from tests.opaque_modules import (
 )
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 FAST = ("mamba", "jamba", "recurrent_gemma", "rwkv", "lfm2")
@@ -43,8 +44,8 @@ def _prove(module_class: type[nn.Module], sp_size: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("module_class", sampled(EXACT, {Loop, AroundPair, StraightThrough, Overwriting}))
-def test_planted(ranks: RankPool, module_class: type[nn.Module]) -> None:
-    assert_exact(ranks.run(_prove, module_class, 4))
+def test_planted(world: World, module_class: type[nn.Module]) -> None:
+    assert_exact(world.run(_prove, module_class, world.sp_size))
 
 
 @pytest.mark.parametrize("name", sampled(FAST, {"mamba", "lfm2"}))

@@ -48,7 +48,7 @@ def test_identical_layers_are_printed_once(llama: Any) -> None:
 
 
 def test_layer_with_another_operation_stands_alone() -> None:
-    model = transform(make_planted("cumsum"), SP_SIZE)
+    model = transform(make_planted("cumsum", num_hidden_layers=2), SP_SIZE)
     assert titles(graph_of(model)) == [("model.layers.0", 1), ("model.layers.1", 1)]
 
 

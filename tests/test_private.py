@@ -180,7 +180,7 @@ def test_experts_are_named_by_class() -> None:
 
 def _captured(name: str) -> fx.Graph:
     with torch.device("meta"):
-        model = make_model(name, num_hidden_layers=1)
+        model = make_model(name)
     batch = {key: value.to("meta") for key, value in make_batch(2, 16).items()}
     call = bind_call(inspect.signature(model.forward), (), batch)
     signature = Signature(call.kind[0], (), True, None, 0)

@@ -32,6 +32,8 @@ from tests.random_modules import (
     make_attending,
     make_shown,
 )
+from tests.sampling import sampled
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 SOME_DEVIATIONS = 5.0
@@ -86,12 +88,10 @@ def assert_repeated(one: Steps, other: Steps) -> None:
     assert torch.equal(one.first, other.first) and torch.equal(one.second, other.second)
 
 
-@pytest.mark.parametrize(("world", "sp_size", "is_training"), [("ranks", 4, True), ("pair", 2, False)])
-def test_over_tokens_ranks_draw_apart(
-    request: pytest.FixtureRequest, world: str, sp_size: int, is_training: bool
-) -> None:
-    pool: RankPool = request.getfixturevalue(world)
-    results = pool.run(_shown, OverTokens().train(is_training), sp_size, *[(3,) * sp_size] * 2)
+@pytest.mark.parametrize("is_training", sampled([True, False], {True}))
+def test_over_tokens_ranks_draw_apart(world: World, is_training: bool) -> None:
+    sp_size = world.sp_size
+    results = world.run(_shown, OverTokens().train(is_training), sp_size, *[(3,) * sp_size] * 2)
     assert_in_step(results)
     steps, again = results[0]
     assert_repeated(steps, again)
@@ -101,8 +101,9 @@ def test_over_tokens_ranks_draw_apart(
 
 
 @pytest.mark.parametrize("module_class", [ForAllTokens, OpaqueNoise])
-def test_whole_values_are_alike_whatever_the_seeds(ranks: RankPool, module_class: type[nn.Module]) -> None:
-    results = ranks.run(_shown, module_class(), 4, (1, 2, 3, 4), (1, 1, 1, 1))
+def test_whole_values_are_alike_whatever_the_seeds(world: World, module_class: type[nn.Module]) -> None:
+    size = world.sp_size
+    results = world.run(_shown, module_class(), size, tuple(range(1, size + 1)), (1,) * size)
     assert_in_step(results)
     (first, second, _), alike = results[0]
     assert torch.equal(first, first[:, :1].expand_as(first)), "one draw for the tokens of all ranks"
@@ -110,10 +111,9 @@ def test_whole_values_are_alike_whatever_the_seeds(ranks: RankPool, module_class
     assert torch.equal(alike.first, first), "rank 0's seed decides"
 
 
-@pytest.mark.parametrize(("world", "sp_size"), [("ranks", 4), ("pair", 2)])
-def test_attention_drops_apart(request: pytest.FixtureRequest, world: str, sp_size: int) -> None:
+def test_attention_drops_apart(world: World) -> None:
     """For every head, on one rank or on several; in both layers; in both steps."""
-    results = request.getfixturevalue(world).run(_attending, sp_size)
+    results = world.run(_attending, world.sp_size)
     assert_in_step(results)
     steps, again = results[0]
     assert_repeated(steps, again)
@@ -141,7 +141,7 @@ def make_noisy(name: str) -> Any:
     """A model that draws in every layer. Of llama's one is opaque, and the other has every kind of draw."""
     if name == "mixtral":
         return make_model(name, attention_dropout=0.2, router_jitter_noise=0.2)
-    model = make_model(name, attention_dropout=0.2)
+    model = make_model(name, num_hidden_layers=2, attention_dropout=0.2)
     torch.manual_seed(2)
     for layer, module_class in zip(model.model.layers, (OpaqueDropout, Noisy), strict=True):
         layer.mlp = module_class(layer.mlp)
@@ -177,11 +177,9 @@ def _recomputed(name: str, sp_size: int) -> tuple[float, float, float, list[int]
     return *(_distance(first, step) for step in (again, recomputed, other)), counter.sizes_bytes["all_reduce"]
 
 
-@pytest.mark.parametrize(("world", "name", "sp_size"), [("ranks", "llama", 4), ("pair", "mixtral", 2)])
-def test_recomputation_draws_again_what_it_drew(
-    request: pytest.FixtureRequest, world: str, name: str, sp_size: int
-) -> None:
-    for again, recomputed, other, sent in request.getfixturevalue(world).run(_recomputed, name, sp_size):
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_recomputation_draws_again_what_it_drew(world: World, name: str) -> None:
+    for again, recomputed, other, sent in world.run(_recomputed, name, world.sp_size):
         assert again == 0.0
         assert recomputed < 1e-5
         assert other > 1e-3, "another seed is another pattern"
@@ -191,7 +189,7 @@ def test_recomputation_draws_again_what_it_drew(
 def _compiled() -> tuple[float, float, float]:
     """How far from a step with hidden dropout are a compiled one, one that recomputes, and one after another."""
     torch._dynamo.reset()
-    model = transform(make_model("gpt2", n_layer=1, embd_pdrop=0.1, resid_pdrop=0.2), 2)
+    model = transform(make_model("gpt2", embd_pdrop=0.1, resid_pdrop=0.2), 2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     first, second = _step(model, seed=5), _step(model, seed=6)
     found, next_found = _step(model, 5, compiled), _step(model, 6, compiled)
@@ -226,18 +224,18 @@ def _refused(name: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("name", DO_NOT_COMPILE)
+@pytest.mark.parametrize("name", sampled(DO_NOT_COMPILE, {"sdpa", "uniform"}))
 def test_other_draws_do_not_compile(pair: RankPool, name: str) -> None:
     for message in pair.run(_refused, name):
         assert f"{name} draws random numbers" in message
 
 
-def _moments(num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(sp_size: int, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """The logits' means over many steps, sharded less whole, in standard errors; ratios of variances, also of sums."""
-    model = make_model("gpt2", n_layer=1, embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2)
+    model = make_model("gpt2", embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2)
     ids = make_batch(2, 16)["input_ids"]
     whole = copy.deepcopy(model)
-    transform(model, 4)
+    transform(model, sp_size)
     torch.manual_seed(0)
     with torch.no_grad():
         expected = torch.stack([whole(input_ids=ids, use_cache=False).logits for _ in range(num_steps)])
@@ -250,8 +248,8 @@ def _moments(num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     return deviations, found.var(0) / expected.var(0), sums[0].var() / sums[1].var()
 
 
-def test_many_draws_have_the_mean_of_the_unsharded_model(ranks: RankPool) -> None:
-    deviations, variances, of_sums = ranks.run(_moments, 200)[0]
+def test_many_draws_have_the_mean_of_the_unsharded_model(world: World) -> None:
+    deviations, variances, of_sums = world.run(_moments, world.sp_size, 200)[0]
     assert float(deviations.abs().max()) < SOME_DEVIATIONS
     assert abs(float(variances.mean()) - 1) < 0.1
     assert 0.6 < float(of_sums) < 1.6, "of ranks that repeat a pattern, sums vary more"
@@ -269,7 +267,7 @@ def test_a_transform_leaves_the_generator_alone() -> None:
 
 def _skipped() -> tuple[list[float], list[float]]:
     """Losses of many steps in which a layer is skipped at random, and those of the model with and without it."""
-    model = make_model("opt", num_hidden_layers=1, layerdrop=0.25)
+    model = make_model("opt", layerdrop=0.25)
     batch = make_batch(2, 16)
     expected = [float(model.eval()(**batch).loss.detach())]
     (layer,) = model.model.decoder.layers

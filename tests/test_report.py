@@ -23,12 +23,12 @@ SP_SIZE = 4
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    return transform(make_model("llama"), SP_SIZE)
+    return transform(make_model("llama", num_hidden_layers=2), SP_SIZE)
 
 
 @pytest.fixture(scope="module")
 def planted() -> Any:
-    return transform(make_planted("cumsum"), SP_SIZE)
+    return transform(make_planted("cumsum", num_hidden_layers=2), SP_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_gathered_operation_is_named_and_costed(planted: Any) -> None:
 
 
 def test_backward_counts_only_where_a_gradient_flows() -> None:
-    model = make_model("llama").requires_grad_(False)
+    model = make_model("llama", num_hidden_layers=2).requires_grad_(False)
     model.lm_head.requires_grad_(True)
     counts = {(r.direction, r.kind): r.count for r in report_of(transform(model, SP_SIZE)).summary.traffic}
     assert counts == {("forward", "all-to-all"): 4, ("forward", "all-reduce"): 1, ("backward", "all-reduce"): 1}
@@ -150,7 +150,7 @@ def test_dict_is_json(planted: Any) -> None:
 
 
 def test_bypass_is_explained() -> None:
-    model = transform(make_model("llama"), SP_SIZE, disable_in_eval=True).eval()
+    model = transform(make_model("llama", num_hidden_layers=2), SP_SIZE, disable_in_eval=True).eval()
     assert "disable_in_eval=True, and the model is in eval mode" in report_of(model).to_text(140)
 
 

@@ -36,6 +36,7 @@ from tests.batches import packed, padded
 from tests.head_settings import Setting, check, count_step, draw_settings, with_heads
 from tests.proof import assert_exact, prove
 from tests.sequences import prove_head, translated
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 FEW_HEADS = [(num_heads, size) for size in range(2, 9) for num_heads in range(1, size)]
@@ -104,16 +105,21 @@ def test_padding_with_soft_caps_and_windows(ranks: RankPool) -> None:
 
 
 HEADS = ("encoder_attention_heads", "decoder_attention_heads", "num_attention_heads", "num_heads")
-SMALL: dict[str, Any] = {**dict.fromkeys(HEADS, 3), "hidden_size": 48, "d_model": 48, "num_decoder_layers": 1}
 
 
-def test_cross_attention(ranks: RankPool) -> None:
-    assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, "bart", 4, encoder_layers=1, decoder_layers=1, **SMALL))
+def _with_heads(num_heads: int) -> dict[str, Any]:
+    width = 16 * num_heads
+    return {**dict.fromkeys(HEADS, num_heads), "hidden_size": width, "d_model": width}
+
+
+def test_cross_attention(world: World) -> None:
+    changes = _with_heads(world.sp_size - 1)
+    assert_exact(world.run(prove_head, AutoModelForSeq2SeqLM, "bart", world.sp_size, **changes))
 
 
 def test_bias_of_positions() -> None:
     """Of t5, [1, N, S, S]: cut to a rank's head and rows. Ranks are simulated: its capture is slow."""
-    model, batch = make_model("t5", auto=AutoModelForSeq2SeqLM, num_layers=1, **SMALL), translated()
+    model, batch = make_model("t5", auto=AutoModelForSeq2SeqLM, **_with_heads(3)), translated()
     reference = run_whole(copy.deepcopy(model), batch)
     assert_exact([run_simulated(transform(model, 4), reference, batch)])
     assert all(site.shares_rows for site in model.surgery.programs[-1].context.sites)
@@ -136,6 +142,7 @@ def eager_functions() -> Iterator[Callable[..., Any]]:
         yield getattr(importlib.import_module(f"{MODELS}{path.parent.name}.{path.stem}"), name)
 
 
+@pytest.mark.sweep
 def test_eager_attention_takes_each_query_by_itself() -> None:
     """What `is_row_wise` says of all of it: some rows of the queries, mask and bias give those rows of the output."""
     module = SimpleNamespace(num_key_value_groups=1, head_dim=4, training=False, sinks=torch.ones(1))

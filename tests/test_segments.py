@@ -15,7 +15,7 @@ NESTED = ("model", "model.embed_tokens", "model.layers.0", "model.layers.0.mlp.u
 
 
 def rewritten() -> fx.Graph:
-    graph: fx.Graph = transform(make_model("llama"), 2).surgery.programs[0].graph
+    graph: fx.Graph = transform(make_model("llama", num_hidden_layers=2), 2).surgery.programs[0].graph
     return graph
 
 

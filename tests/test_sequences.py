@@ -21,9 +21,10 @@ from surgery import restore, transform
 from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter
-from tests.proof import assert_exact
+from tests.proof import assert_calls_exact, assert_exact, prove_calls
 from tests.sampling import sampled
-from tests.sequences import B, S, given, of_tokens, padded, padding, prove_head
+from tests.sequences import BATCHES, B, S, given, of_tokens, padded, padding, prove_head
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 
@@ -39,9 +40,9 @@ def test_encoder_decoder_on_four_ranks(ranks: RankPool, name: str) -> None:
 
 def _prove_single_sequences() -> dict[str, float]:
     """Of a classifier without a padding token, which takes one sequence at a time: the default example has two."""
-    model = make_model("llama", auto=AutoModelForSequenceClassification, num_hidden_layers=1)
+    model = make_model("llama", auto=AutoModelForSequenceClassification)
     batch = {"input_ids": make_batch(1, 13)["input_ids"], "labels": torch.tensor([1])}
-    return compare(model, 2, batch, example=batch)
+    return compare(model, 2, batch)
 
 
 def test_an_example_is_captured_in_place_of_the_default(pair: RankPool) -> None:
@@ -78,13 +79,13 @@ def test_encoder_decoder_with_given_ids(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, 4, given()))
 
 
-def test_equal_lengths_are_told_apart_by_name(ranks: RankPool) -> None:
+def test_equal_lengths_are_told_apart_by_name(world: World) -> None:
     batch = {**padded(), "labels": of_tokens(S), "decoder_attention_mask": padding(S, 0, 7, 2)}
-    assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, "bart", 4, batch))
+    assert_exact(world.run(prove_head, AutoModelForSeq2SeqLM, "bart", world.sp_size, batch))
 
 
-def test_sound_is_whole_and_its_text_sharded(ranks: RankPool) -> None:
-    assert_exact(ranks.run(prove_head, AutoModelForSpeechSeq2Seq, "whisper", 4))
+def test_sound_is_whole_and_its_text_sharded(world: World) -> None:
+    assert_exact(world.run(prove_head, AutoModelForSpeechSeq2Seq, "whisper", world.sp_size))
 
 
 MASKED = ("albert", "bert", "deberta-v2", "electra", "modernbert", "roberta")
@@ -119,12 +120,57 @@ def test_answers_in_a_text(ranks: RankPool) -> None:
     assert_exact(results, torch.float64)
 
 
-@pytest.mark.parametrize(("problem", "num_labels"), [("multi_label_classification", 3), ("regression", 3)])
-def test_several_numbers_for_each_sequence(ranks: RankPool, problem: str, num_labels: int) -> None:
-    """Labels [B, 3]: the call that is captured first has such, too."""
-    batch = {**padded(), "labels": torch.rand(B, num_labels, generator=torch.Generator().manual_seed(0)).round()}
-    changes = {"problem_type": problem, "num_labels": num_labels}
-    assert_exact(ranks.run(prove_head, AutoModelForSequenceClassification, "bert", 4, batch, **changes))
+NUMBERS = {
+    "regression": torch.tensor([0.3, 1.0, 0.1]),
+    "regression of several": torch.tensor([[0.3, 1.0], [0.1, 0.4], [1.0, 0.0]]),
+    "multi_label_classification": torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("problem", sampled(NUMBERS, {"regression of several"}))
+def test_numbers_for_each_sequence(ranks: RankPool, problem: str) -> None:
+    batch = {**padded(), "labels": NUMBERS[problem]}
+    assert_exact(ranks.run(prove_head, AutoModelForSequenceClassification, "bert", 4, batch, **_problem(problem)))
+
+
+def _problem(problem: str) -> dict[str, Any]:
+    labels = NUMBERS[problem]
+    return {"problem_type": problem.split()[0], "num_labels": labels.shape[1] if labels.ndim == 2 else 1}
+
+
+def _prove_default_example(auto: Any, name: str, dtype: torch.dtype, problem: str | None) -> Any:
+    """The errors of a step on the program that `transform` captures when it is shown no batch."""
+    batch = {name: value for name, value in BATCHES[auto]().items() if not name.endswith("attention_mask")}
+    changes: dict[str, Any] = {}
+    if problem is not None:
+        changes, batch["labels"] = _problem(problem), NUMBERS[problem]
+    model = make_model(name, auto=auto, dtype=dtype, pad_token_id=0, **changes)
+    return prove_calls(model, 2, [(lambda model: None, batch)], example=None)
+
+
+EXAMPLES = [
+    (AutoModel, "bert", None),
+    (AutoModelForMaskedLM, "roberta", None),
+    (AutoModelForMultipleChoice, "bert", None),
+    (AutoModelForQuestionAnswering, "bert", None),
+    (AutoModelForSeq2SeqLM, "bart", None),
+    (AutoModelForSequenceClassification, "llama", None),
+    *((AutoModelForSequenceClassification, "bert", problem) for problem in NUMBERS),
+    (AutoModelForSpeechSeq2Seq, "whisper", None),
+    (AutoModelForTokenClassification, "bert", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("auto", "name", "problem"),
+    sampled(EXAMPLES, EXAMPLES[:-2]),
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_the_default_example_is_a_training_step(pair: RankPool, auto: Any, name: str, problem: str | None) -> None:
+    """A step like it is not captured again."""
+    dtype = torch.float64 if auto is AutoModelForQuestionAnswering else torch.float32  # as above
+    results = pair.run(_prove_default_example, auto, name, dtype, problem)
+    assert_calls_exact(results, num_programs=1, dtype=dtype)
 
 
 def test_labels_of_an_example_decide_nothing() -> None:

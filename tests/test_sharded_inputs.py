@@ -165,7 +165,7 @@ def test_rows_of_a_mask(pair: RankPool) -> None:
 
 
 def _count() -> tuple[dict[str, int], list[int], dict[str, int]]:
-    model = transform(make_model("llama"), 2, inputs="sharded")
+    model = transform(make_model("llama", num_hidden_layers=2), 2, inputs="sharded")
     batch = cut(_packed((16, 16)), (16, 16))
     model(**batch)
     with CollectiveCounter() as forward:
@@ -241,7 +241,7 @@ def test_runs() -> None:
 def _compiled() -> tuple[float, int]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = make_model("llama", num_hidden_layers=1)
+    model = make_model("llama")
     reference = copy.deepcopy(model)
     transform(model, 2, inputs="sharded")
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -17,6 +17,7 @@ from surgery import restore, transform
 from surgery.verify.comparison import TOLERANCE, compare, gradients_of, relative_error
 from surgery.verify.ranks import RankPool
 from tests.proof import assert_calls_exact, assert_exact, prove_calls
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 TOLERANCE_F32 = TOLERANCE[torch.float32]
@@ -294,13 +295,12 @@ def _set_loss(function: Callable[..., torch.Tensor], model: Any) -> None:
 def _prove_loss_functions(sp_size: int) -> Any:
     functions = (_smoothed, partial(_smoothed, smoothing=0.2), _weighted(0.5), _weighted(2.0))
     calls = [(partial(_set_loss, function), make_batch(2, 32)) for function in functions]
-    return prove_calls(make_model("llama", num_hidden_layers=1), sp_size, calls)
+    return prove_calls(make_model("llama"), sp_size, calls)
 
 
-def test_loss_functions_are_followed(pair: RankPool, ranks: RankPool) -> None:
+def test_loss_functions_are_followed(world: World) -> None:
     """Given after the transform, and others of the same code; the example's was captured with the model's own."""
-    assert_calls_exact(pair.run(_prove_loss_functions, 2), 5)
-    assert_calls_exact(ranks.run(_prove_loss_functions, 4), 5)
+    assert_calls_exact(world.run(_prove_loss_functions, world.sp_size), 5)
 
 
 def _address(tensor: torch.Tensor) -> torch.Tensor:

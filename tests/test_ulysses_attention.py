@@ -231,7 +231,7 @@ def _attending(attn: Any) -> Iterator[None]:
 
 def _model_by_hand(name: str, kind: str) -> tuple[dict[str, float], int]:
     """A model of transformers on slices: the loss and every gradient, and the collectives that are no exchange."""
-    model = make_model(name)
+    model = make_model(name, num_hidden_layers=2)
     reference = copy.deepcopy(model)
     batch = make_batch(2, LENGTH)
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)

@@ -1,4 +1,7 @@
-"""Tiny models of many architectures, from configs with fixed seeds: 8 query heads, 4 key/value heads if any."""
+"""Tiny models of many architectures, from configs with fixed seeds: 8 query heads, 4 key/value heads if any.
+
+They have one layer, or as many as the pattern of their layers: a trace takes as long as a model is deep.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
@@ -50,10 +53,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 8},
     "gemma": {"head_dim": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi": {},
     "phi3": {"original_max_position_embeddings": 512},
-    "gpt2": {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 512},
+    "gpt2": {"n_embd": 64, "n_head": 8, "n_layer": 1, "n_positions": 512},
     "gpt_neox": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 0},
     "olmo2": {},
@@ -64,19 +72,24 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "nemotron": {"head_dim": 8},
     "stablelm": {},
-    "mixtral": {"num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 16, "sliding_window": 8},
-    "gpt_oss": {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "bloom": {"n_head": 8, "n_layer": 2},
-    "falcon": {"num_hidden_layers": 1, "new_decoder_architecture": False, "multi_query": True},
-    "gptj": {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 512, "rotary_dim": 4},
+    "gemma2": {"num_hidden_layers": 2, "head_dim": 16, "sliding_window": 8},
+    "gpt_oss": {
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "bloom": {"n_head": 8, "n_layer": 1},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True},
+    "gptj": {"n_embd": 64, "n_head": 8, "n_layer": 1, "n_positions": 512, "rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 8, "window_size": 8},
     "bert": {"is_decoder": True, "pad_token_id": 0},
     "big_bird": {"is_decoder": True, "pad_token_id": 0},
     "jetmoe": {
-        "num_hidden_layers": 1,
         "num_key_value_heads": 4,
         "kv_channels": 8,
         "num_local_experts": 4,
@@ -89,6 +102,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8, "time_step_rank": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8},
     "jamba": {
+        "num_hidden_layers": 2,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
         "expert_layer_period": 2,
@@ -97,6 +111,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 4,
     },
     "bamba": {
+        "num_hidden_layers": 2,
         "attn_layer_indices": [1],
         "mamba_n_heads": 8,
         "mamba_d_head": 16,
@@ -130,6 +145,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
     "qwen3_next": {
+        "num_hidden_layers": 2,
         "head_dim": 16,
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -142,13 +158,14 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 16,
     },
     "recurrent_gemma": {
+        "num_hidden_layers": 2,
         "lru_width": 64,
         "block_types": ["recurrent", "attention"],
         "attention_window_size": 16,
         "head_dim": 8,
     },
     "rwkv": {"attention_hidden_size": 64, "context_length": 512},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
 }
 """State-space models, linear attention, convolutions, and hybrids of them with attention."""
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -166,7 +183,6 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 _DECODER = {
     "d_model": 64,
-    "num_hidden_layers": 1,  # the name that some have for the encoder's
     "encoder_layers": 1,
     "decoder_layers": 1,
     "encoder_attention_heads": 8,
@@ -180,8 +196,8 @@ _T5 = {
     "d_model": 64,
     "d_kv": 8,
     "d_ff": 96,
-    "num_layers": 2,
-    "num_decoder_layers": 2,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
     "num_heads": 8,
     "pad_token_id": 0,
 }
