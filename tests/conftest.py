@@ -31,7 +31,7 @@ def pair() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.sweep)], ids="P={}".format)
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.sweep)], ids="{}-ranks".format)
 def world(request: pytest.FixtureRequest) -> World:
     """Two ranks, and with `make test-all` also four."""
     size: int = request.param

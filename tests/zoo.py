@@ -86,7 +86,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 8, "n_layer": 1},
     "falcon": {"new_decoder_architecture": False, "multi_query": True},
     "gptj": {"n_embd": 64, "n_head": 8, "n_layer": 1, "n_positions": 512, "rotary_dim": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 8, "window_size": 8},
+    "gpt_neo": {
+        "num_hidden_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "num_layers": 2,
+        "num_heads": 8,
+        "window_size": 8,
+    },
     "bert": {"is_decoder": True, "pad_token_id": 0},
     "big_bird": {"is_decoder": True, "pad_token_id": 0},
     "jetmoe": {
@@ -164,7 +170,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "attention_window_size": 16,
         "head_dim": 8,
     },
-    "rwkv": {"attention_hidden_size": 64, "context_length": 512},
+    "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 64, "context_length": 512},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
 }
 """State-space models, linear attention, convolutions, and hybrids of them with attention."""
