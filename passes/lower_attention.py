@@ -65,9 +65,8 @@ def lower_site(graph: fx.Graph, site: Site, context: Context) -> None:
     if site.call is None or (site.call.function is sdpa_attention_forward and keywords.get("position_bias") is None):
         site.node.target = written_out if is_extended else sdpa
         site.node.args = (*tokens, given["dropout"], given["scale"])
-        site.node.kwargs = {**site.node.kwargs, **(extras if is_extended else {})}
-        if site.is_broadcast:
-            site.node.kwargs = {**site.node.kwargs, "is_broadcast": True}
+        more = extras if is_extended else {"is_broadcast": True} if site.is_broadcast else {}
+        site.node.kwargs = {**site.node.kwargs, **more}
     else:
         shown = {name: value for name, value in keywords.items() if _is_constant(value)}
         hidden = {name: value for name, value in keywords.items() if name not in shown}

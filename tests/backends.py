@@ -89,8 +89,7 @@ def register_own() -> None:
 def prove_own(implementation: str, sp_size: int, batch: dict[str, Any], **changes: Any) -> dict[str, float]:
     register_own()
     before = registries()
-    model = make_model("llama", attn_implementation=implementation, **changes)
-    errors = compare(model, sp_size, batch)
+    errors = compare(make_model("llama", attn_implementation=implementation, **changes), sp_size, batch)
     assert registries() == before
     return errors
 

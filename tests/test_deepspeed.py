@@ -33,6 +33,7 @@ from tests.training import (
     train_unsharded,
     worst_error,
 )
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 deepspeed.ops.__compatible_ops__ = {}  # it would build an operator in C++ for ranks that share memory: a minute
@@ -48,11 +49,11 @@ WORLDS = ("2 ranks, sp 2", "4 ranks, sp 2", "4 ranks, sp 4")
 
 
 @pytest.fixture(scope="module", params=sampled(WORLDS, WORLDS[:2]))
-def world(request: pytest.FixtureRequest) -> Iterator[tuple[RankPool, int]]:
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """Ranks of their own: DeepSpeed keeps process groups in globals."""
     num_ranks, _, _, sp_size = request.param.replace(",", "").split()
     pool = RankPool(int(num_ranks))
-    yield pool, int(sp_size)
+    yield World(pool, int(sp_size))
     pool.close()
 
 
@@ -139,9 +140,8 @@ def _prove(stage: int, sp_size: int, is_checkpointed: bool = False, **config: An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_trains_to_the_unsharded_weights(world: tuple[RankPool, int], stage: int) -> None:
-    pool, sp_size = world
-    assert_exact(pool.run(_prove, stage, sp_size))
+def test_trains_to_the_unsharded_weights(world: World, stage: int) -> None:
+    assert_exact(world.run(_prove, stage, world.sp_size))
 
 
 def test_stage_3_by_its_other_way_of_reducing(pair: RankPool) -> None:
