@@ -24,7 +24,7 @@ from surgery.capture.opaque_calls import Arguments, InputSizes, Number, OpaqueCa
 from surgery.errors import CaptureError, InputError
 
 SCHEMA = (
-    "(Tensor[] operands, int call, SymInt[] numbers, SymInt[] sizes, int[] ndims, ScalarType[] dtypes, Device device)"
+    "(Tensor[] operands, int call, SymInt[] numbers, SymInt[] sizes, int[] ndims, str[] dtypes, Device device)"
     " -> Tensor[]"
 )
 
@@ -36,10 +36,13 @@ def opaque(
     numbers: Sequence[int],
     sizes: Sequence[int],
     ndims: Sequence[int],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[str],
     device: torch.device,
 ) -> list[Tensor]:
-    """Stands for `OpaqueCall` number `call`; `sizes` are those of all results, one after the other."""
+    """Stands for `OpaqueCall` number `call`; `sizes` are those of all results, one after the other.
+
+    `dtypes` are names ("float32"): of a list of dtypes torch 2.11 makes numbers.
+    """
     raise AssertionError("surgery::opaque is replaced by the module before a graph runs")
 
 
@@ -50,11 +53,12 @@ def _(
     numbers: Sequence[int],
     sizes: Sequence[int],
     ndims: Sequence[int],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[str],
     device: torch.device,
 ) -> list[Tensor]:
     shapes = split_sizes(sizes, ndims)
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    named = zip(shapes, dtypes, strict=True)
+    return [torch.empty(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in named]
 
 
 def split_sizes(sizes: Sequence[int], ndims: Sequence[int]) -> list[list[int]]:
@@ -137,7 +141,7 @@ def _emit(call: OpaqueCall, index: int, values: list[Any], known: InputSizes) ->
         numbers,
         sizes,
         [len(tensor.shape) for tensor in tensors],
-        [tensor.dtype for tensor in tensors],
+        [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
         tensors[0].device,
     )
     remaining = iter(made)

@@ -52,6 +52,7 @@ class Programs:
         self.images = images
         self.captured: list[Program] = []
         self.constants = types.SimpleNamespace()
+        self._find_while_compiling = make_constant_finder(self)
 
     def copied_for(self, model: nn.Module, mesh: SequenceMesh | None, images: ImageMerger) -> Programs:
         """The same programs for a copy of the model."""
@@ -80,9 +81,9 @@ class Programs:
     def run_while_compiling(self, call: BoundCall, deal_out: DealOut | None) -> Any:
         """The same for Dynamo, which makes constants of sizes that are asked for: only where they matter."""
         inputs, constants = call.kind
-        program = self.captured[find_while_compiling(self, inputs, constants, self.model.training, None)]
+        program = self.captured[self._find_while_compiling(inputs, constants, self.model.training, None)]
         if program.has_assumptions:
-            program = self.captured[find_while_compiling(self, inputs, constants, self.model.training, call.sizes)]
+            program = self.captured[self._find_while_compiling(inputs, constants, self.model.training, call.sizes)]
         return program.run(self.model, call.tensors, deal_out)
 
     def prepare(self, call: BoundCall) -> Program:
@@ -166,17 +167,22 @@ def find_cuts(model: nn.Module) -> Cuts:
     return Cuts(hooked_modules(model), checkpointed_layers(model))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def find_while_compiling(
-    programs: Programs, inputs: TensorInputs, constants: Constants, is_training: bool, sizes: tuple[int, ...] | None
-) -> int:
-    """`find` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach.
+def make_constant_finder(programs: Programs) -> Callable[..., int]:
+    """`programs.find` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach.
 
-    `is_training` is the model's, which Dynamo compiles again for.
+    A closure, as Dynamo of torch 2.11 takes nothing but constants for arguments.
     """
 
-    def find() -> int:
-        return programs.find(programs.read_signature(inputs, constants), sizes)
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def find_while_compiling(
+        inputs: TensorInputs, constants: Constants, is_training: bool, sizes: tuple[int, ...] | None
+    ) -> int:
+        """`is_training` is the model's, which Dynamo compiles again for."""
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(find).result()
+        def find() -> int:
+            return programs.find(programs.read_signature(inputs, constants), sizes)
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(find).result()
+
+    return find_while_compiling

@@ -36,7 +36,7 @@ CALL = OpaqueCall(
 
 def mixed(x: Tensor) -> Tensor:
     scaled = x * 2
-    (y,) = torch.ops.surgery.opaque([scaled], 0, [], list(x.shape), [3], [x.dtype], x.device)
+    (y,) = torch.ops.surgery.opaque([scaled], 0, [], list(x.shape), [3], ["float64"], x.device)
     return x + y
 
 
