@@ -21,12 +21,13 @@ import torch
 from torch import fx
 
 from surgery import collectives
+from surgery.attention.operators import MASK
 from surgery.axis import local_length
 from surgery.capture.opaque import OPAQUE
 from surgery.metadata import KEY, Context, NodeFacts, facts_of
 from surgery.pipeline import PassResult
 from surgery.placement import REPLICATED, Partial, Placement, Replicated, Sharded
-from surgery.rules.call import Step, bind_arguments, tensor_nodes
+from surgery.rules.call import Step, bind_arguments, set_argument, tensor_nodes
 from surgery.rules.table import operation_name
 from surgery.rules.views import SIZES
 from surgery.shapes import is_contiguous, length_of, quotient, shape_of, to_expr
@@ -67,7 +68,7 @@ class _Editor:
         self._localize_sizes(node, step)
         for source, placement in zip(tensor_nodes(node), step.operands, strict=True):
             operand = self._convert(source, placement)
-            if knows_layout(node) and is_contiguous(source.meta["val"]):
+            if knows_layout(node) and source.target is not MASK and is_contiguous(source.meta["val"]):
                 operand = self._laid_out(operand)
             node.replace_input_with(source, operand)
         if step.replacement is not None:
@@ -140,7 +141,7 @@ class _Editor:
         if 0 <= position < len(given) and given[position] != -1:
             given[position] = self._local(given[position])
             shape = shape_of(node.meta["val"])[step.first_size_dim :]
-            _set_argument(node, sizes, [self._written_out(*pair, node) for pair in zip(given, shape, strict=False)])
+            set_argument(node, sizes, [self._written_out(*pair, node) for pair in zip(given, shape, strict=False)])
 
     def _written_out(self, size: Any, expr: sympy.Expr, node: fx.Node) -> Any:
         """A size of -1, which can only be told from the others while a rank holds tokens, as what it stands for."""
@@ -182,16 +183,10 @@ class _Editor:
 
 
 def knows_layout(node: fx.Node) -> bool:
-    """Whether `node` may read its operands by their strides, as code does that is not torch's or ours."""
+    """Whether `node` may read its operands by their strides, as code does that is not torch's or ours.
+
+    Masks are as in the whole model: one function makes them, here and there.
+    """
     target: Any = node.target
     is_operator = isinstance(target, torch._ops.OpOverload)
     return target is OPAQUE or (is_operator and target.namespace not in ("aten", "surgery"))
-
-
-def _set_argument(node: fx.Node, name: str, value: Any) -> None:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name)
-    if position < len(node.args):
-        node.update_arg(position, value)
-    else:
-        node.update_kwarg(name, value)

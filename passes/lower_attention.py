@@ -15,11 +15,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from surgery.attention.implementations import registered, sdpa, written_out
+from surgery.attention.implementations import registered, sdpa, sdpa_refuses_soft_caps, written_out
 from surgery.attention.mask_making import TORCH_SDPA, mask_maker
 from surgery.attention.operators import MASK
-from surgery.attention.recorded import TENSOR_MASKS
+from surgery.attention.recorded import TENSOR_MASKS, RecordedMask
+from surgery.capture.opaque import OPAQUE
 from surgery.errors import UnsupportedOperationError
 from surgery.exchange.own_heads import PER_ROW
 from surgery.exchange.own_rows import causal_rows, own_rows
@@ -45,7 +47,7 @@ class LowerAttention:
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         for site in context.sites:
             lower_site(graph, site, context)
-        calls = {site.node for site in context.sites}
+        calls = {site.node for site in context.sites} | set(graph.find_nodes(op="call_function", target=OPAQUE))
         masks = graph.find_nodes(op="call_function", target=MASK)
         for mask in masks:
             lower_mask(mask, calls, context)
@@ -59,7 +61,8 @@ def lower_site(graph: fx.Graph, site: Site, context: Context) -> None:
     is_causal = site.mask.is_causal if site.mask is not None else given["is_causal"]
     tokens = tuple(given[name] for name in ("query", "key", "value", "mask"))
     keywords = site.call.keywords(given["extras"], given["sizes"]) if site.call is not None else {}
-    extras = {"softcap": keywords.get("softcap"), "sinks": keywords.get("s_aux")}
+    softcap = keywords.get("softcap") if sdpa_refuses_soft_caps() else None
+    extras = {"softcap": softcap, "sinks": keywords.get("s_aux")}
     is_extended = any(value is not None for value in extras.values())
     site.node.kwargs = {"is_causal": is_causal, "axis": context.axis}
     if site.call is None or (site.call.function is sdpa_attention_forward and keywords.get("position_bias") is None):
@@ -133,14 +136,21 @@ def check_mask(site: Site, mask: Any) -> None:
 
 
 def lower_mask(mask: fx.Node, calls: set[fx.Node], context: Context) -> None:
-    """Make the mask when the graph runs, once for all calls that share it."""
+    """Make the mask when the graph runs, once for all `calls` that share it: they take None for "nothing to mask"."""
     given = bind_arguments(mask)
-    record = context.masks[given["maker"]] if given["maker"] is not None else TORCH_SDPA
+    is_described = given["maker"] is None
+    record = TORCH_SDPA if is_described else context.masks[given["maker"]]
     others = [user for user in mask.users if user not in calls]
     if others and record.function not in TENSOR_MASKS:
         raise UnsupportedOperationError(
             f"lower-attention: the model computes {others[0].target} with the mask of {record.implementation!r}. "
             'Expected it to reach the attention calls as it is. Load the model with attn_implementation="sdpa".'
+        )
+    if others and not is_described and _is_left_out(record, given["is_causal"]):
+        raise UnsupportedOperationError(
+            f"lower-attention: the model computes {others[0].target} with a causal mask that transformers leaves out "
+            "(None) where nothing is padded, and may compute something else then. Expected a mask that is always "
+            'there. Make it with allow_is_causal_skip=False, or load the model with attn_implementation="eager".'
         )
     words = {name: value for name, value in given.items() if value is not None}
     for name in ("dtype", "is_padding", "maker"):
@@ -148,3 +158,8 @@ def lower_mask(mask: fx.Node, calls: set[fx.Node], context: Context) -> None:
     mask.target = mask_maker(record)
     mask.args = ()
     mask.kwargs = {**words, "may_skip": not others}
+
+
+def _is_left_out(record: RecordedMask, is_causal: bool) -> bool:
+    """Whether the unsharded model has None in place of a causal mask of some calls, and leaves it to `is_causal`."""
+    return record.function is sdpa_mask and is_causal and record.keywords.get("allow_is_causal_skip", True)

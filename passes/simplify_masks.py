@@ -20,7 +20,7 @@ from passes.locate_attention import read_mask
 from surgery.attention.operators import ATTENTION, MASK
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
-from surgery.rules.call import bind_arguments
+from surgery.rules.call import bind_arguments, set_argument
 from surgery.rules.table import is_call
 from surgery.shapes import shape_of
 
@@ -42,12 +42,12 @@ class SimplifyMasks:
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         trivial = find_single_documents(graph)
         for mask in trivial:
-            mask.update_arg(1, None)
-            mask.kwargs = {name: value for name, value in mask.kwargs.items() if name != "positions"}
+            set_argument(mask, "documents", None)
+            set_argument(mask, "positions", None)
         plain = find_plain_masks(graph, context)
         for node, mask in plain.items():
-            node.update_arg(3, None)
-            node.update_arg(6, bind_arguments(mask)["is_causal"])
+            set_argument(node, "mask", None)
+            set_argument(node, "is_causal", bind_arguments(mask)["is_causal"])
         for site in context.sites:
             site.mask = read_mask(site.node, context)
         return PassResult(len(trivial) + len(plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,10 +13,11 @@ from transformers import masking_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
 
+from surgery import UnsupportedOperationError, transform
 from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
 from tests.batches import packed, padded
-from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches
+from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches, prove_calls
 from tests.sampling import sampled
 from tests.worlds import World
 from tests.zoo import make_batch, make_model
@@ -106,3 +108,55 @@ def test_masks_of_other_models(pair: RankPool, kind: str, implementation: str) -
 
 def test_eager_implementation(ranks: RankPool) -> None:
     assert_exact(ranks.run(prove, "llama", 4, batch=padded("right"), attn_implementation="eager"))
+
+
+class Computing(modeling_llama.LlamaAttention):
+    """Hides the key before every hidden one, where it is given a mask."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"]
+        if mask is not None:
+            kwargs["attention_mask"] = mask & mask.roll(1, -1) | torch.ones_like(mask).tril().triu()
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class Asking(modeling_llama.LlamaAttention):
+    """Does something else where it is given a mask, and what no trace can follow."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scale = torch.tensor(1.0 if kwargs["attention_mask"] is None else 0.5)
+        for t in range(hidden_states.shape[1]):
+            scale = scale * (1 + hidden_states[:, t].detach().sigmoid().mean() / 64)
+        return super().forward(hidden_states * scale, *args, **kwargs)
+
+
+def _model_with(attention: type[modeling_llama.LlamaAttention]) -> Any:
+    model = make_model("llama", num_hidden_layers=2, attn_implementation="sdpa")
+    model.model.layers[0].self_attn.__class__ = attention
+    return model
+
+
+def test_computing_with_a_mask_that_may_be_left_out_is_refused() -> None:
+    with pytest.raises(UnsupportedOperationError, match=r"causal mask that transformers leaves out"):
+        transform(_model_with(Computing), 2)
+
+
+def _prove_computing(sp_size: int, batch: dict[str, Any]) -> dict[str, float]:
+    always = partial(create_causal_mask, allow_is_causal_skip=False)
+    with mock.patch.object(modeling_llama, "create_causal_mask", always):
+        return compare(_model_with(Computing), sp_size, batch)
+
+
+def test_computing_with_a_mask_that_is_always_there(world: World) -> None:
+    for batch in (make_batch(2, 32), packed((5, 20, 7)), padded("left")):
+        assert_exact(world.run(_prove_computing, world.sp_size, batch))
+
+
+def _prove_asking(sp_size: int) -> tuple[list[dict[str, float]], int]:
+    ones = {**make_batch(2, 32), "attention_mask": torch.ones(2, 32, dtype=torch.long)}
+    batches = [make_batch(2, 32), padded("left"), ones]
+    return prove_calls(_model_with(Asking), sp_size, [(lambda model: None, batch) for batch in batches])
+
+
+def test_a_module_that_is_called_whole_gets_a_mask_where_the_model_has_one(world: World) -> None:
+    assert_calls_exact(world.run(_prove_asking, world.sp_size), num_programs=2)

@@ -9,6 +9,7 @@ themselves and in place of transformers' wrapper, which would copy the output on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from surgery.attention.recorded import RecordedCall
 from surgery.axis import Axis, first_token
@@ -163,6 +165,20 @@ def written_out(
     scores = _masked(scores, mask, is_causal)
     shares = _softmax_with_sinks(scores, sinks, axis).to(query.dtype)
     return F.dropout(shares, dropout, dropout > 0.0) @ value
+
+
+@functools.cache
+def sdpa_refuses_soft_caps() -> bool:
+    """Whether transformers' sdpa raises on them. In 5.17 it leaves them out, and so do we: the numbers are the model's.
+
+    Once no supported version leaves them out, this can go.
+    """
+    x = torch.zeros(1, 1, 1, 1)
+    try:
+        sdpa_attention_forward(nn.Module(), x, x, x, None, softcap=1.0)
+    except ValueError:
+        return True
+    return False
 
 
 def _is_idle(query: Tensor) -> bool:

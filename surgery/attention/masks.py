@@ -61,8 +61,12 @@ def read_mask_function(function: MaskFunction) -> Pattern:
 
 
 def _read(function: MaskFunction) -> Pattern | None:
-    reader = READERS.get(f"{function.__module__}.{function.__qualname__}")
+    reader = READERS.get(_name(function))
     return reader(dict(inspect.getclosurevars(function).nonlocals)) if reader is not None else None
+
+
+def _name(function: MaskFunction) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def _read_conjunction(variables: dict[str, Any]) -> Pattern | None:
@@ -102,17 +106,19 @@ def _read_remapped(variables: dict[str, Any]) -> Pattern | None:
 
 
 _MASKS = "transformers.masking_utils."
+_OR = _MASKS + "or_masks.<locals>.or_mask"
+_OVERLAY = _MASKS + "blockwise_overlay.<locals>.inner_mask"
 READERS: dict[str, Callable[[dict[str, Any]], Pattern | None]] = {
     _MASKS + "causal_mask_function": lambda _: Pattern(is_causal=True),
     _MASKS + "bidirectional_mask_function": lambda _: Pattern(),
     _MASKS + "and_masks.<locals>.and_mask": _read_conjunction,
-    _MASKS + "or_masks.<locals>.or_mask": _read_disjunction,
+    _OR: _read_disjunction,
     _MASKS + "sliding_window_overlay.<locals>.inner_mask": lambda v: Pattern(window=v["sliding_window"]),
     _MASKS + "sliding_window_bidirectional_overlay.<locals>.inner_mask": lambda v: Pattern(reach=v["sliding_window"]),
     _MASKS + "chunked_overlay.<locals>.inner_mask": lambda v: Pattern(
         chunk_size=v["chunk_size"], chunk_starts=v["left_padding"]
     ),
-    _MASKS + "blockwise_overlay.<locals>.inner_mask": lambda v: Pattern(blocks=v["block_sequence_ids"]),
+    _OVERLAY: lambda v: Pattern(blocks=v["block_sequence_ids"]),
     _MASKS + "packed_sequence_mask_function.<locals>.inner_mask": lambda v: Pattern(
         documents=v["packed_sequence_mask"]
     ),
@@ -148,6 +154,19 @@ def write_mask_function(pattern: Pattern) -> MaskFunction:
     if pattern.blocks is not None:
         function = masking_utils.or_masks(function, masking_utils.blockwise_overlay(pattern.blocks))
     return function
+
+
+def within_documents(function: MaskFunction, documents: Tensor, positions: Tensor) -> MaskFunction:
+    """What `function` lets through within each document, put together as transformers does: blocks are laid over it."""
+    if _name(function) == _OR:
+        *parts, overlay = inspect.getclosurevars(function).nonlocals["mask_functions"]
+        if _name(overlay) == _OVERLAY:
+            inner = parts[0] if len(parts) == 1 else masking_utils.or_masks(*parts)
+            return masking_utils.or_masks(within_documents(inner, documents, positions), overlay)
+    compose = getattr(masking_utils, "packed_sequence_compatibility_function", None)  # later than transformers 5.17
+    if compose is not None:
+        return compose(function, positions, documents)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
 
 
 def _look_up(drawn: Tensor) -> MaskFunction:

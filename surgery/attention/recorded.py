@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -85,11 +85,19 @@ class RecordedMask:
     lifted: LiftedFunction | None = None
 
 
+class FoundDocuments(NamedTuple):
+    """Documents [B, S], and the positions [B, S] in which they were found."""
+
+    documents: Tensor
+    positions: Tensor
+
+
 @dataclass
 class Recording:
     """What is written down of one trace: calls and masks by number.
 
-    `functions` are the registered attention functions by name, `tensors` the arguments of the model.
+    `functions` are the registered attention functions by name, `tensors` the arguments of the model. `documents` are
+    those that transformers has found for the mask that it makes next.
     """
 
     model: nn.Module
@@ -97,3 +105,4 @@ class Recording:
     calls: list[RecordedCall] = field(default_factory=list)
     masks: list[RecordedMask] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    documents: FoundDocuments | None = None

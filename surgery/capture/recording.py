@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from surgery.attention import operators
 from surgery.attention.recorded import RecordedCall, Recording, Slot
-from surgery.capture.recording_masks import record_mask
+from surgery.capture.recording_masks import documents_found_aside, record_mask
 from surgery.errors import CaptureError
 from surgery.exchange.own_heads import PER_HEAD, WITHOUT_HEADS
 from surgery.private import intercepted_lookup
@@ -47,7 +47,7 @@ def recorded_attention(model: nn.Module) -> Iterator[Recording]:
                 record = record_attention if registry is ALL_ATTENTION_FUNCTIONS else record_mask
                 if function is not None:
                     registry[name] = partial(_recorded, record, name, function)
-            with intercepted_lookup(_lookup):
+            with intercepted_lookup(_lookup), documents_found_aside(recording):
                 yield recording
         finally:
             _recording.reset(token)

@@ -5,22 +5,49 @@ ALL_MASK_ATTENTION_FUNCTIONS[name](B, S, S, mask_function=f, ...)   ->  surgery:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, eager_mask, flash_attention_mask, sdpa_mask
 
 from surgery.attention import operators
 from surgery.attention.closures import LiftedFunction, UnliftableError, lift
-from surgery.attention.masks import UNKNOWN, MaskFunction, Pattern, read_mask_function
-from surgery.attention.recorded import DOCUMENT_ENDS, TENSOR_MASKS, RecordedMask, Recording, reads_document_ends
+from surgery.attention.masks import UNKNOWN, MaskFunction, Pattern, read_mask_function, within_documents
+from surgery.attention.recorded import (
+    DOCUMENT_ENDS,
+    TENSOR_MASKS,
+    FoundDocuments,
+    RecordedMask,
+    Recording,
+    reads_document_ends,
+)
 from surgery.errors import CaptureError
 
 LATER_WORDS = ("reach", "chunk_size", "chunk_starts", "positions", "blocks", "drawn")
 """The words of a pattern that `surgery::attention_mask` takes by name."""
+
+
+@contextmanager
+def documents_found_aside(recording: Recording) -> Iterator[None]:
+    """While a model is traced, keep packed documents to ourselves: `record_mask` adds them to the mask made next.
+
+    transformers looks whether there are any, and never leaves out a mask that has some; in a trace it cannot look. It
+    is told that there are none, so that the mask function hears whether the model lets it leave the mask out.
+    """
+    find = masking_utils.find_packed_sequence_indices
+
+    def find_aside(position_ids: Tensor) -> None:
+        documents = find(position_ids)
+        recording.documents = None if documents is None else FoundDocuments(documents, position_ids)
+
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", find_aside):
+        yield
 
 
 def record_mask(
@@ -44,6 +71,9 @@ def record_mask(
     """
     if q_offset != 0 or kv_offset != 0:
         raise CaptureError("a mask for tokens that follow a cache was asked for. Expected none in a captured call.")
+    if recording.documents is not None:
+        mask_function = within_documents(mask_function, *recording.documents)
+        recording.documents = None
     is_flash = function is flash_attention_mask
     pattern = _pattern(mask_function, batch_size, q_length, kv_length, device, kwargs)
     if is_flash:  # reads nothing but the padding: windows and documents are keywords of the attention call

@@ -133,6 +133,16 @@ def bind_schema(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return bound
 
 
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Give an operator another argument, by position or by name as it has it."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
 def tensor_nodes(node: fx.Node, *, with_tuples: bool = False) -> tuple[fx.Node, ...]:
     """The distinct tensor-valued inputs of `node`, in the order of its arguments; on request also tuples of tensors."""
     kinds = (torch.Tensor, tuple, list) if with_tuples else torch.Tensor
