@@ -1,6 +1,7 @@
 # make demo    train a small Llama over two sequence-parallel ranks beside its unsharded self, and compare the losses
 # make test    every capability, on a sample of the architectures, much of it at P = 2
 # make test-all    every test, hours of them
+# make test-cuda    what needs a GPU
 # make lint    ruff and mypy
 # make examples    the demo and the other examples
 # make sweep   every text architecture of transformers, whole and sharded; ARGS="--again refused" repeats those
@@ -19,7 +20,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCHRUN := $(BIN)/torchrun --standalone --nproc-per-node $(RANKS)
 
-.PHONY: demo test test-all lint examples sweep clean
+.PHONY: demo test test-all test-cuda lint examples sweep clean
 
 demo: $(INSTALLED)
 	$(TORCHRUN) examples/train_long_context.py $(ARGS)
@@ -28,7 +29,10 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'sweep or not sweep' $(PYTEST)
+	$(BIN)/python -m pytest -m 'not cuda' $(PYTEST)
+
+test-cuda: $(INSTALLED)
+	$(BIN)/python -m pytest -m cuda tests/test_cuda.py $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

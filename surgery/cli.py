@@ -78,7 +78,7 @@ def run_verify(arguments: argparse.Namespace, console: Console) -> int:
         task = progress.add_task(
             f"Running {config.model_type} whole and on {arguments.sp_size} ranks", total=len(KINDS)
         )
-        found = verify(config, arguments.sp_size, lambda kind: progress.advance(task))
+        found = verify(config, arguments.sp_size, lambda kind: progress.advance(task), device=arguments.device)
     _show(found, is_json=arguments.json)
     return found.exit_code
 
@@ -91,7 +91,8 @@ def run_sweep(arguments: argparse.Namespace, console: Console) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Sweeping", total=len(chosen))
-        for row in sweep(results, chosen, arguments.sp_size, arguments.inputs, again=arguments.again):
+        options = {"again": arguments.again, "device": arguments.device}
+        for row in sweep(results, chosen, arguments.sp_size, arguments.inputs, **options):
             progress.console.print(f"{row.architecture.class_name}: {verdict_of(row)}", highlight=False)
             progress.advance(task)
     rows = read_rows(results)
@@ -163,18 +164,35 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("model", metavar="NAME_OR_CONFIG_OR_DIR", help="hub name, directory, config.json or model type")
     add("--sp-size", type=_positive, default=2, metavar="P", help="processes to run it on (default: 2)")
+    _add_device(add)
     add("--json", action="store_true", help="print the same facts as JSON")
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--sp-size", type=_positive, default=2, metavar="P", help="ranks that share a sequence (default: 2)")
+    _add_device(add)
     add("--inputs", nargs="+", choices=KINDS, default=["uneven"], metavar="KIND", help="kinds of input to try")
     add("--only", default="", metavar="REGEX", help="classes to try")
     add("--again", default=None, metavar="REGEX", help="outcomes to try again, such as refused")
     add(
         "--out", type=Path, default=Path("docs"), metavar="DIR", help="where coverage.md and .jsonl are (default: docs)"
     )
+
+
+def _add_device(add: Callable[..., Any]) -> None:
+    add("--device", type=_device, default="cpu", help="what all ranks compute on, such as cuda (default: cpu)")
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device that torch can use here, found {text}: {reason}"
+        ) from error
+    return text
 
 
 def _positive(text: str) -> int:

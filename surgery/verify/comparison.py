@@ -57,11 +57,15 @@ def gradients_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> di
     gradients = {}
     for name, parameter in model.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        if group is not None:
-            dist.all_reduce(gradient, group=group)
-            gradient /= group.size()
-        gradients[name] = gradient
+        gradients[name] = gradient if group is None else _average(gradient, group)
     return gradients
+
+
+def _average(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """On the host where the group is gloo's, which carries no other tensors."""
+    carried = gradient.cpu() if dist.get_backend(group) == "gloo" else gradient
+    dist.all_reduce(carried, group=group)
+    return carried.to(gradient.device) / group.size()
 
 
 def compare(

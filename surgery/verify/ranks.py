@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 TIMEOUT_S = 600
 GRACE_S = 60
 """How much longer the others have once a rank has failed."""
@@ -37,8 +40,7 @@ class RankPool:
     def __init__(self, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
         self._is_lost = False
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = _context()
         store = os.path.join(tempfile.mkdtemp(prefix="surgery-ranks-"), "store")
         pairs = [context.Pipe() for _ in range(world_size)]
         self._pipes = [ours for ours, _ in pairs]
@@ -113,10 +115,19 @@ class RankPool:
             process.kill()
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
-    import torch
-    import torch.distributed as dist
+def _context() -> Any:
+    """Processes forked from one that has imported everything; but new ones where there is a GPU.
 
+    What is forked from a process that has looked at the GPU cannot use it, and to import flash-attn is to look.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

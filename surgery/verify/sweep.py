@@ -46,20 +46,20 @@ class Row:
         return cls(architecture, tuple(Outcome(**outcome) for outcome in facts["outcomes"]), facts["revision"])
 
 
-def try_architecture(architecture: Architecture, sp_size: int, kinds: list[str]) -> list[dict[str, Any]]:
+def try_architecture(architecture: Architecture, sp_size: int, kinds: list[str], device: str) -> list[dict[str, Any]]:
     """What a process does for one architecture."""
     try:
         config = architecture.as_decoder(shrink(architecture.default_config(), sp_size))
     except Exception as error:
         return [Outcome(kind, UNRUNNABLE, f"no configuration: {explain(error)}").to_dict() for kind in kinds]
-    return [outcome.to_dict() for outcome in try_model(architecture.make, config, sp_size, kinds)]
+    return [outcome.to_dict() for outcome in try_model(architecture.make, config, sp_size, kinds, device)]
 
 
 class Workers:
     """One process for each thread, replaced when it is lost."""
 
-    def __init__(self, sp_size: int, kinds: Sequence[str]) -> None:
-        self.sp_size, self.kinds = sp_size, list(kinds)
+    def __init__(self, sp_size: int, kinds: Sequence[str], device: str) -> None:
+        self.sp_size, self.kinds, self.device = sp_size, list(kinds), device
         self._own = threading.local()
         self._open: set[RankPool] = set()
 
@@ -69,7 +69,7 @@ class Workers:
             pool = self._own.pool = RankPool(1, timeout_s=TIMEOUT_S)
             self._open.add(pool)
         try:
-            by_rank = pool.run(try_architecture, architecture, self.sp_size, self.kinds)
+            by_rank = pool.run(try_architecture, architecture, self.sp_size, self.kinds, self.device)
         except (RanksLostError, AssertionError) as error:
             self._own.pool = None
             self._open.discard(pool)
@@ -89,13 +89,14 @@ def sweep(
     kinds: Sequence[str],
     *,
     again: str | None = None,
+    device: str = "cpu",
 ) -> Iterator[Row]:
     """Run what `path` has no results of yet, adding each to it; yields the new rows as they come.
 
     `again` matches the outcomes that count as none.
     """
     known = {row.architecture for row in read_rows(path) if not _is_due(row, again)}
-    workers = Workers(sp_size, kinds)
+    workers = Workers(sp_size, kinds, device)
     count, revision = os.cpu_count() or 1, current_revision()
     try:
         with ThreadPoolExecutor(count) as threads:

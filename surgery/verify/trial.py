@@ -15,7 +15,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from surgery.api import restore, transform
 from surgery.errors import SurgeryError
 from surgery.verify.batches import Batch, is_applicable, make_batch
 from surgery.verify.comparison import TOLERANCE, float_is_double, run_sharded, run_simulated, run_whole, worst
+from surgery.verify.staging import staged_through_host
 
 EXACT, GATHERED, REFUSED, FAILED = "exact", "gathered", "refused", "failed"
 UNRUNNABLE, WRONG = "unrunnable", "wrong"
@@ -53,17 +54,20 @@ class Outcome:
         return asdict(self)
 
 
-def try_model(make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: Sequence[str]) -> Iterator[Outcome]:
+def try_model(
+    make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: Sequence[str], device: str = "cpu"
+) -> Iterator[Outcome]:
     """The outcome of each of `kinds` on this rank, as they come; every rank calls this alike.
 
     Where there is no process group, the ranks are simulated: one capture instead of P.
     """
     try:
-        model = build(make, config)
+        model = build(make, config).to(device)
     except Exception as error:
         yield from (Outcome(kind, UNRUNNABLE, explain(error)) for kind in kinds)
         return
-    with Twins(model, config, sp_size) as twins:
+    is_shared = dist.is_initialized() and device != "cpu"
+    with Twins(model, config, sp_size) as twins, staged_through_host() if is_shared else nullcontext():
         yield from (try_kind(twins, kind) for kind in kinds)
 
 
@@ -95,6 +99,10 @@ class Twins:
     @property
     def dtype(self) -> torch.dtype:
         return next(parameter.dtype for parameter in self.model.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return next(parameter.device for parameter in self.model.parameters())
 
     def transformed(self) -> Any:
         """The twin, without gradients; None where `transform` raised `error`."""
@@ -134,7 +142,7 @@ def try_kind(twins: Twins, kind: str) -> Outcome:
 def _trial(twins: Twins, kind: str) -> Outcome:
     if not is_applicable(kind, twins.model):
         return Outcome(kind, UNRUNNABLE, "its forward takes no such arguments")
-    batch = make_batch(kind, twins.config)
+    batch = {name: tensor.to(twins.device) for name, tensor in make_batch(kind, twins.config).items()}
     try:
         reference = run_whole(copy.deepcopy(twins.model), batch)
     except Exception as error:

@@ -101,25 +101,34 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def verify(config: PreTrainedConfig, sp_size: int, done: Callable[[str], None] = lambda kind: None) -> Verification:
-    """Shrink `config` and try every kind of input on `sp_size` ranks; `done` is called with each kind when it is."""
+def verify(
+    config: PreTrainedConfig,
+    sp_size: int,
+    done: Callable[[str], None] = lambda kind: None,
+    *,
+    device: str = "cpu",
+) -> Verification:
+    """Shrink `config` and try every kind of input on `sp_size` ranks; `done` is called with each kind when it is.
+
+    The ranks share a `device` that is not the CPU.
+    """
     architecture = find_architecture(config)
     try:
         small = architecture.as_decoder(shrink(config, sp_size))
     except Exception as error:
         raise ConfigurationError(f"{type(config).__name__} cannot be shrunk: {explain(error)}") from error
-    outcomes = tuple(_outcomes(architecture, small, sp_size, done))
+    outcomes = tuple(_outcomes(architecture, small, sp_size, done, device))
     depth = int(getattr(small.get_text_config(), "num_hidden_layers", 0))
     return Verification(architecture.class_name, sp_size, depth, outcomes)
 
 
 def _outcomes(
-    architecture: Architecture, config: PreTrainedConfig, sp_size: int, done: Callable[[str], None]
+    architecture: Architecture, config: PreTrainedConfig, sp_size: int, done: Callable[[str], None], device: str
 ) -> Iterator[Outcome]:
     pool, kinds = RankPool(sp_size, TIMEOUT_S), list(KINDS)
     waiting = list(kinds)
     try:
-        for by_rank in pool.stream(try_model, architecture.make, config, sp_size, kinds):
+        for by_rank in pool.stream(try_model, architecture.make, config, sp_size, kinds, device):
             yield by_rank[0]
             done(waiting.pop(0))
     except (RanksLostError, AssertionError) as error:
