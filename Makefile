@@ -15,6 +15,8 @@ export OMP_NUM_THREADS
 RANKS ?= 2
 ARGS ?=
 PYTEST ?=
+# Files of tests that run side by side: much of a test is one process that the others wait for.
+WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -26,10 +28,10 @@ demo: $(INSTALLED)
 	$(TORCHRUN) examples/train_long_context.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not cuda' $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not cuda' $(PYTEST)
 
 test-cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -m cuda tests/test_cuda.py $(PYTEST)

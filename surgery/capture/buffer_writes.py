@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
+from surgery.capture.exporting import specs_by_name
 from surgery.errors import CaptureError
 
 
@@ -25,8 +26,9 @@ def drop_buffer_writes(program: ExportedProgram, *, may_be_read: bool) -> None:
     signature, output = program.graph_signature, next(iter(program.graph.find_nodes(op="output")))
     outputs: Any = list(zip(signature.output_specs, output.args[0], strict=True))
     unread = {node.name for node in program.graph.find_nodes(op="placeholder") if not node.users and not may_be_read}
-    scratch = {spec.target for spec in signature.input_specs if not spec.persistent and _name_of(spec) in unread}
-    learnt = {_name_of(spec) for spec in signature.input_specs if spec.kind is InputKind.PARAMETER}
+    inputs = specs_by_name(program)
+    scratch = {spec.target for name, spec in inputs.items() if not spec.persistent and name in unread}
+    learnt = {name for name, spec in inputs.items() if spec.kind is InputKind.PARAMETER}
     for spec, value in outputs:
         is_scratch = spec.kind is OutputKind.BUFFER_MUTATION and spec.target in scratch
         if spec.kind is not OutputKind.USER_OUTPUT and not (is_scratch and learnt.isdisjoint(_sources(value))):
@@ -46,7 +48,3 @@ def _sources(node: fx.Node) -> set[str]:
         found.update(source.name for source in sources)
         waiting += sources
     return found
-
-
-def _name_of(spec: InputSpec) -> str | None:
-    return getattr(spec.arg, "name", None)

@@ -29,7 +29,7 @@ from surgery.capture.branches import Sides, describe_branches
 from surgery.capture.buffer_writes import drop_buffer_writes
 from surgery.capture.culprits import find_place, trace_around
 from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
-from surgery.capture.exporting import export_model
+from surgery.capture.exporting import export_model, specs_by_name
 from surgery.capture.fallbacks import Fallbacks
 from surgery.capture.gradless_writes import refuse_gradless_writes, written_by
 from surgery.capture.host_randomness import refused_host_randomness
@@ -198,7 +198,7 @@ def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
 def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
     """Turn lifted parameters into `get_attr` nodes on the live model, and find the symbols of the sizes."""
     graph = program.graph_module.graph
-    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    specs = specs_by_name(program)
     number = next(_captures)
     constants: dict[str, Tensor] = {}
     inputs: list[fx.Node] = []

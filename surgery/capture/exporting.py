@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.export.graph_signature import InputSpec
 
 from surgery.capture.fallbacks import Fallbacks
 from surgery.inputs.signature import Signature, TensorInput
@@ -50,6 +51,11 @@ def export_model(
         else:
             return program, dims
     raise AssertionError("the last refinement either returns or raises")
+
+
+def specs_by_name(program: ExportedProgram) -> dict[str, InputSpec]:
+    """What each placeholder of a program's graph is: a parameter, a buffer, an input."""
+    return {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
 
 
 def _refine(dims: dict[str, Dim], error: UserError) -> bool:

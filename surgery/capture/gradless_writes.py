@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from passes.inline_blocks import BLOCKS, SET_GRAD, is_gradless, open_block
+from surgery.capture.exporting import specs_by_name
 from surgery.errors import CaptureError
 from surgery.metadata import where
 from surgery.rules.call import bind_arguments
@@ -28,8 +29,7 @@ LEARNING = (InputKind.PARAMETER, InputKind.USER_INPUT)
 
 def refuse_gradless_writes(program: ExportedProgram) -> None:
     """Refuse in-place operations under `no_grad`, or on detached tensors, on what has a gradient."""
-    specs = program.graph_signature.input_specs
-    names = {spec.arg.name for spec in specs if spec.kind in LEARNING and hasattr(spec.arg, "name")}
+    names = {name for name, spec in specs_by_name(program).items() if spec.kind in LEARNING}
     placeholders = program.graph.find_nodes(op="placeholder")
     learning = {node for node in placeholders if node.name in names and _is_floating(node)}
     _check(program.graph_module, learning, is_under_no_grad=False)

@@ -79,7 +79,8 @@ class RankPool:
         if len(answers) < len(self._pipes):
             missing = [rank for rank in range(len(self._pipes)) if rank not in answers]
             self._is_lost = True
-            raise RanksLostError("\n".join([f"ranks {missing} did not answer in time", *failures]))
+            waited = f"{GRACE_S} s of another's failure" if failures else f"{self.timeout_s:.0f} s"
+            raise RanksLostError("\n".join([f"ranks {missing} did not answer within {waited}", *failures]))
         assert not failures, "\n".join(failures)
         return [answers[rank][1] for rank in range(len(self._pipes))]
 
