@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -87,7 +88,20 @@ def _bidirectional(config: Any, inputs_embeds: Tensor, attention_mask: Any, **kw
     return masking_utils.create_bidirectional_mask(config, inputs_embeds, attention_mask)
 
 
-MASKS = {"chunked": _chunked, "blockwise": _blockwise, "prefix": _prefix, "bidirectional": _bidirectional}
+def _of_eager(config: Any, inputs_embeds: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """A mask of another implementation than the model's attention is of."""
+    other = copy.deepcopy(config)
+    other._attn_implementation = "eager"
+    return create_causal_mask(other, inputs_embeds, attention_mask, **kwargs)
+
+
+MASKS = {
+    "chunked": _chunked,
+    "blockwise": _blockwise,
+    "prefix": _prefix,
+    "bidirectional": _bidirectional,
+    "of-eager": _of_eager,
+}
 
 
 def _prove_mask(kind: str, implementation: str, batch: dict[str, Any]) -> dict[str, float]:

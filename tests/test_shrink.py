@@ -43,6 +43,12 @@ def test_keeps_one_layer_of_each_kind() -> None:
     assert small.num_hidden_layers == len(small.layer_types) == 2
 
 
+def test_keeps_one_layer_of_each_kind_where_their_number_is_that_of_a_list() -> None:
+    kinds = ["linear_attention", "moe"] * 10 + ["full_attention"]
+    small: Any = shrink(AutoConfig.for_model("nemotron_h", layers_block_type=kinds))
+    assert small.layers_block_type == ["linear_attention", "moe", "full_attention"]
+
+
 def test_kinds_are_told_apart_by_all_lists_at_once() -> None:
     values = {"layer_types": ["a", "b", "a", "b"], "mlp_layer_types": ["x", "x", "x", "y"], "moe_layers": [2, 3]}
     assert kept_layers(values, 4) == [0, 1, 2, 3]

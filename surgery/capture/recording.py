@@ -40,7 +40,8 @@ def recorded_attention(model: nn.Module) -> Iterator[Recording]:
     names = attention_implementations(model)
     with _registry_lock:
         recording = Recording(model, {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in names})
-        entries = [(r, n, r.get(n)) for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS) for n in names]
+        entries: list[tuple[Any, str, Any]] = [(ALL_ATTENTION_FUNCTIONS, n, f) for n, f in recording.functions.items()]
+        entries += [(ALL_MASK_ATTENTION_FUNCTIONS, *entry) for entry in ALL_MASK_ATTENTION_FUNCTIONS.items()]
         token = _recording.set(recording)
         try:
             for registry, name, function in entries:
@@ -53,7 +54,7 @@ def recorded_attention(model: nn.Module) -> Iterator[Recording]:
             _recording.reset(token)
             for registry, name, function in entries:
                 if function is not None:
-                    del registry[name]  # type: ignore[no-untyped-call]
+                    del registry[name]
                     if registry.get(name) is not function:
                         registry[name] = function
 

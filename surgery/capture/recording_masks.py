@@ -5,6 +5,7 @@ ALL_MASK_ATTENTION_FUNCTIONS[name](B, S, S, mask_function=f, ...)   ->  surgery:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,13 +39,17 @@ def documents_found_aside(recording: Recording) -> Iterator[None]:
     """While a model is traced, keep packed documents to ourselves: `record_mask` adds them to the mask made next.
 
     transformers looks whether there are any, and never leaves out a mask that has some; in a trace it cannot look. It
-    is told that there are none, so that the mask function hears whether the model lets it leave the mask out.
+    is told that there are none, so that the mask function hears whether the model lets it leave the mask out. Other
+    threads are told the truth.
     """
-    find = masking_utils.find_packed_sequence_indices
+    find, tracing = masking_utils.find_packed_sequence_indices, threading.get_ident()
 
-    def find_aside(position_ids: Tensor) -> None:
+    def find_aside(position_ids: Tensor) -> Tensor | None:
         documents = find(position_ids)
-        recording.documents = None if documents is None else FoundDocuments(documents, position_ids)
+        if documents is None or threading.get_ident() != tracing:
+            return documents
+        recording.documents = FoundDocuments(documents, position_ids)
+        return None
 
     with mock.patch.object(masking_utils, "find_packed_sequence_indices", find_aside):
         yield
@@ -79,7 +84,7 @@ def record_mask(
     if is_flash:  # reads nothing but the padding: windows and documents are keywords of the attention call
         has_words = pattern.drawn is None and pattern.function is None
         pattern = Pattern(is_causal=pattern.is_causal if has_words else True)
-    is_read = reads_document_ends(name, recording.functions[name])
+    is_read = reads_document_ends(name, recording.functions.get(name))
     ends = recording.tensors.get(DOCUMENT_ENDS) if not is_read else None
     if pattern.drawn is not None and ends is None and function in TENSOR_MASKS:
         kwargs["allow_is_causal_skip"] = False

@@ -13,6 +13,8 @@ from typing import Any
 FEWEST = 2
 DEPTH = r"(conf_)?(num_|n_)?((encoder|decoder|t2u_encoder|t2u_decoder|speech_encoder|hidden)_)?(layers?|num_blocks)"
 INDICES = r"mlp_only_layers|full_attn_idxs|moe_layers|cross_attention_layers|hybrid_layer_ids|ple_layer_ids"
+KINDS_OF_LAYERS = "layers_block_type"
+"""The list that some configurations (nemotron_h) have in place of a number of layers."""
 MAIN_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 
 
@@ -20,14 +22,16 @@ def fewer_layers(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
     """The fields to change in a configuration with these values, of which some have been given `changes` already."""
     fewer = {name: min(value, FEWEST) for name, value in values.items() if _is_depth(name, value)}
     main = next((name for name in MAIN_DEPTHS if name in fewer), None)
-    if main is None:
+    depth = values[main] if main is not None else len(values.get(KINDS_OF_LAYERS) or ())
+    if depth == 0:
         return fewer
-    kept = kept_layers(values, values[main])
-    fewer[main] = len(kept)
+    kept = kept_layers(values, depth)
+    if main is not None:
+        fewer[main] = len(kept)
     for name, value in values.items():
         if isinstance(value, (list, tuple)) and _is_index_list(name, value):
             fewer[name] = type(value)(kept.index(i) for i in value if i in kept)
-        elif isinstance(value, (list, tuple)) and len(value) == values[main]:
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
             fewer[name] = type(value)(changes[name][i] for i in kept)
     return fewer
 
