@@ -15,10 +15,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from surgery.attention.implementations import registered, sdpa, sdpa_refuses_soft_caps, written_out
-from surgery.attention.mask_making import TORCH_SDPA, mask_maker
+from surgery.attention.mask_making import TORCH_SDPA, mask_maker, may_be_left_out
 from surgery.attention.operators import MASK
 from surgery.attention.recorded import TENSOR_MASKS, RecordedMask
 from surgery.capture.opaque import OPAQUE
@@ -47,7 +47,7 @@ class LowerAttention:
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         for site in context.sites:
             lower_site(graph, site, context)
-        calls = {site.node for site in context.sites} | set(graph.find_nodes(op="call_function", target=OPAQUE))
+        calls = {site.node for site in context.sites}
         masks = graph.find_nodes(op="call_function", target=MASK)
         for mask in masks:
             lower_mask(mask, calls, context)
@@ -136,30 +136,40 @@ def check_mask(site: Site, mask: Any) -> None:
 
 
 def lower_mask(mask: fx.Node, calls: set[fx.Node], context: Context) -> None:
-    """Make the mask when the graph runs, once for all `calls` that share it: they take None for "nothing to mask"."""
+    """Make the mask when the graph runs, once for all `calls` that share it: they take None for "nothing to mask".
+
+    So do modules that are called live, which the unsharded model gives None as well.
+    """
     given = bind_arguments(mask)
-    is_described = given["maker"] is None
-    record = TORCH_SDPA if is_described else context.masks[given["maker"]]
-    others = [user for user in mask.users if user not in calls]
+    record = context.masks[given["maker"]] if given["maker"] is not None else TORCH_SDPA
+    modules = [user for user in mask.users if user.target is OPAQUE]
+    rows = [user for user in mask.users if user.target is own_rows]
+    others = [user for user in mask.users if user not in {*calls, *modules, *rows}]
     if others and record.function not in TENSOR_MASKS:
         raise UnsupportedOperationError(
             f"lower-attention: the model computes {others[0].target} with the mask of {record.implementation!r}. "
             'Expected it to reach the attention calls as it is. Load the model with attn_implementation="sdpa".'
         )
-    if others and not is_described and _is_left_out(record, given["is_causal"]):
+    if others and _is_left_out(record, given):
         raise UnsupportedOperationError(
-            f"lower-attention: the model computes {others[0].target} with a causal mask that transformers leaves out "
-            "(None) where nothing is padded, and may compute something else then. Expected a mask that is always "
-            'there. Make it with allow_is_causal_skip=False, or load the model with attn_implementation="eager".'
+            f"lower-attention: the model computes {others[0].target} with a mask of {record.implementation!r} that "
+            "transformers leaves out (None) where nothing is padded, and may compute something else then. Expected a "
+            "mask that is always there. Make it with allow_is_causal_skip=False, or load the model with "
+            'attn_implementation="eager".'
         )
     words = {name: value for name, value in given.items() if value is not None}
     for name in ("dtype", "is_padding", "maker"):
         words.pop(name, None)
     mask.target = mask_maker(record)
     mask.args = ()
-    mask.kwargs = {**words, "may_skip": not others}
+    mask.kwargs = {**words, "may_skip": not others and not rows, "is_asked_for": bool(modules)}
 
 
-def _is_left_out(record: RecordedMask, is_causal: bool) -> bool:
-    """Whether the unsharded model has None in place of a causal mask of some calls, and leaves it to `is_causal`."""
-    return record.function is sdpa_mask and is_causal and record.keywords.get("allow_is_causal_skip", True)
+def _is_left_out(record: RecordedMask, given: dict[str, Any]) -> bool:
+    """Whether the unsharded model may have None in place of a mask that it does not add to scores as it is.
+
+    A mask that is not causal hides nothing where it is left out, and is taken to be used so.
+    """
+    if record.function is flash_attention_mask:
+        return given["padding"] is not None
+    return record.function is sdpa_mask and given["is_causal"] and may_be_left_out(record, is_causal=True)

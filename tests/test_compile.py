@@ -95,6 +95,28 @@ def test_signatures_are_captured_while_compiling(pair: RankPool) -> None:
         assert worst <= TOLERANCE[torch.float32]
 
 
+def _compiled_copy() -> tuple[float, float]:
+    """How far a changed copy, compiled, is from itself uncompiled, and from what it was copied from."""
+    torch._dynamo.reset()
+    batch = make_batch(2, 32)
+    model = transform(make_model("llama"), 2, example=batch)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    expected = compiled(**batch).logits
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].self_attn.scaling = 7.0
+    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    found = compiled(**batch).logits
+    errors = relative_error(found, twin(**batch).logits), relative_error(found, expected)
+    restore(twin)
+    restore(model)
+    return errors
+
+
+def test_a_changed_copy_is_compiled_anew(pair: RankPool) -> None:
+    for from_itself, from_original in pair.run(_compiled_copy):
+        assert from_itself <= TOLERANCE[torch.float32] < from_original
+
+
 @pytest.fixture
 def fake_ranks() -> Iterator[None]:
     """Two ranks of which only this one exists: collectives return at once, for looking at code and not at numbers."""

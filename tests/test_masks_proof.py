@@ -151,7 +151,7 @@ def _model_with(attention: type[modeling_llama.LlamaAttention]) -> Any:
 
 
 def test_computing_with_a_mask_that_may_be_left_out_is_refused() -> None:
-    with pytest.raises(UnsupportedOperationError, match=r"causal mask that transformers leaves out"):
+    with pytest.raises(UnsupportedOperationError, match=r"a mask of 'sdpa' that transformers leaves out"):
         transform(_model_with(Computing), 2)
 
 
@@ -166,11 +166,27 @@ def test_computing_with_a_mask_that_is_always_there(world: World) -> None:
         assert_exact(world.run(_prove_computing, world.sp_size, batch))
 
 
-def _prove_asking(sp_size: int) -> tuple[list[dict[str, float]], int]:
+def _windowed(window: int, config: Any, *args: Any, **kwargs: Any) -> Any:
+    other = copy.deepcopy(config)
+    other.sliding_window = window
+    return masking_utils.create_sliding_window_causal_mask(other, *args, **kwargs)
+
+
+ASKED = {
+    "left out": create_causal_mask,
+    "always there": partial(create_causal_mask, allow_is_causal_skip=False),
+    "a window": partial(_windowed, 8),
+    "a window beyond the end": partial(_windowed, 64),
+}
+
+
+def _prove_asking(sp_size: int, kind: str) -> tuple[list[dict[str, float]], int]:
     ones = {**make_batch(2, 32), "attention_mask": torch.ones(2, 32, dtype=torch.long)}
-    batches = [make_batch(2, 32), padded("left"), ones]
-    return prove_calls(_model_with(Asking), sp_size, [(lambda model: None, batch) for batch in batches])
+    batches = [make_batch(2, 32), packed((5, 20, 7)), packed((32,)), padded("left"), ones]
+    with mock.patch.object(modeling_llama, "create_causal_mask", ASKED[kind]):
+        return prove_calls(_model_with(Asking), sp_size, [(lambda model: None, batch) for batch in batches])
 
 
-def test_a_module_that_is_called_whole_gets_a_mask_where_the_model_has_one(world: World) -> None:
-    assert_calls_exact(world.run(_prove_asking, world.sp_size), num_programs=2)
+@pytest.mark.parametrize("kind", sampled(ASKED, {"left out", "a window beyond the end"}))
+def test_a_module_that_is_called_whole_gets_a_mask_where_the_model_has_one(world: World, kind: str) -> None:
+    assert_calls_exact(world.run(_prove_asking, world.sp_size, kind), num_programs=3)

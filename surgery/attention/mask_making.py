@@ -17,12 +17,22 @@ from surgery.attention.closures import fill
 from surgery.attention.masks import MaskFunction, Pattern, write_mask_function
 from surgery.attention.recorded import RecordedMask
 
-TORCH_SDPA = RecordedMask("sdpa", sdpa_mask, {})
+TORCH_SDPA = RecordedMask("sdpa", sdpa_mask, {"allow_is_causal_skip": False})
 """What draws a mask that was described by hand, for no implementation in particular."""
 
 
+def may_be_left_out(record: RecordedMask, is_causal: bool) -> bool:
+    """Whether the model lets transformers leave this mask out (None) where nothing is padded."""
+    default = ("allow_is_causal_skip", True) if is_causal else ("allow_is_bidirectional_skip", False)
+    return bool(record.keywords.get(*default))
+
+
 def mask_maker(record: RecordedMask) -> Callable[..., Any]:
-    """The function of a description's words that makes the mask of `record`'s implementation."""
+    """The function of a description's words that makes the mask of `record`'s implementation.
+
+    `may_skip`: it may be None, for the attention calls that take it. `is_asked_for`: a module that is called live takes
+    it too, and may ask whether there is one; then it is None where the unsharded model's is.
+    """
 
     def make_mask(
         *,
@@ -31,6 +41,7 @@ def mask_maker(record: RecordedMask) -> Callable[..., Any]:
         key_length: int,
         device: torch.device,
         may_skip: bool,
+        is_asked_for: bool,
         lifted: list[Tensor],
         padding: Tensor | None = None,
         **words: Any,
@@ -40,7 +51,10 @@ def mask_maker(record: RecordedMask) -> Callable[..., Any]:
         pattern = Pattern(**words)
         if may_skip and _is_one_document(pattern):
             pattern = Pattern(**{**words, "documents": None, "positions": None})
-        is_skipped = may_skip and pattern.is_plain and (query_length == key_length or not pattern.is_causal)
+        if is_asked_for:
+            is_skipped = may_skip and pattern.documents is None and may_be_left_out(record, pattern.is_causal)
+        else:
+            is_skipped = may_skip and pattern.is_plain and (query_length == key_length or not pattern.is_causal)
         skips = {
             "allow_is_causal_skip": is_skipped and pattern.is_causal,
             "allow_is_bidirectional_skip": is_skipped and not pattern.is_causal,

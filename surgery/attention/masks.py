@@ -158,12 +158,22 @@ def write_mask_function(pattern: Pattern) -> MaskFunction:
 
 def within_documents(function: MaskFunction, documents: Tensor, positions: Tensor) -> MaskFunction:
     """What `function` lets through within each document, put together as transformers does: blocks are laid over it."""
-    if _name(function) == _OR:
-        *parts, overlay = inspect.getclosurevars(function).nonlocals["mask_functions"]
-        if _name(overlay) == _OVERLAY:
-            inner = parts[0] if len(parts) == 1 else masking_utils.or_masks(*parts)
-            return masking_utils.or_masks(within_documents(inner, documents, positions), overlay)
-    compose = getattr(masking_utils, "packed_sequence_compatibility_function", None)  # later than transformers 5.17
+    if not has_overlay(function):
+        return _within_documents(function, documents, positions)
+    inner, overlay = inspect.getclosurevars(function).nonlocals["mask_functions"]
+    return masking_utils.or_masks(_within_documents(inner, documents, positions), overlay)
+
+
+def has_overlay(function: MaskFunction) -> bool:
+    """Whether blocks are laid over the rest, as transformers does last."""
+    if _name(function) != _OR:
+        return False
+    return _name(inspect.getclosurevars(function).nonlocals["mask_functions"][-1]) == _OVERLAY
+
+
+def _within_documents(function: MaskFunction, documents: Tensor, positions: Tensor) -> MaskFunction:
+    """Once transformers 5.17 is not supported, which has no such function, it can be called directly."""
+    compose = getattr(masking_utils, "packed_sequence_compatibility_function", None)
     if compose is not None:
         return compose(function, positions, documents)
     return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))

@@ -19,7 +19,7 @@ from transformers.masking_utils import causal_mask_function, eager_mask, flash_a
 
 from surgery.attention import operators
 from surgery.attention.closures import LiftedFunction, UnliftableError, lift
-from surgery.attention.masks import UNKNOWN, MaskFunction, Pattern, read_mask_function, within_documents
+from surgery.attention.masks import UNKNOWN, MaskFunction, Pattern, has_overlay, read_mask_function, within_documents
 from surgery.attention.recorded import (
     DOCUMENT_ENDS,
     TENSOR_MASKS,
@@ -40,7 +40,7 @@ def documents_found_aside(recording: Recording) -> Iterator[None]:
 
     transformers looks whether there are any, and never leaves out a mask that has some; in a trace it cannot look. It
     is told that there are none, so that the mask function hears whether the model lets it leave the mask out. Other
-    threads are told the truth.
+    threads are told the truth. Raises `CaptureError` where no recorded mask follows.
     """
     find, tracing = masking_utils.find_packed_sequence_indices, threading.get_ident()
 
@@ -48,11 +48,40 @@ def documents_found_aside(recording: Recording) -> Iterator[None]:
         documents = find(position_ids)
         if documents is None or threading.get_ident() != tracing:
             return documents
+        _refuse_waiting(recording)
         recording.documents = FoundDocuments(documents, position_ids)
         return None
 
     with mock.patch.object(masking_utils, "find_packed_sequence_indices", find_aside):
         yield
+    _refuse_waiting(recording)
+
+
+def _refuse_waiting(recording: Recording) -> None:
+    if recording.documents is not None:
+        raise CaptureError(
+            "transformers looked for packed documents and made no mask of them. Expected create_causal_mask and its "
+            "like to be called for every mask. Pass the mask itself, [B, 1, S, S]."
+        )
+
+
+def _within_found(mask_function: MaskFunction, recording: Recording, sizes: tuple[Any, Any], use_vmap: bool) -> Any:
+    """`mask_function` within the documents that were found for it."""
+    if recording.documents is None:
+        return mask_function
+    found, recording.documents = recording.documents, None
+    length = found.documents.shape[1]
+    if any(size != length for size in sizes):
+        raise CaptureError(
+            f"packed documents of {length} tokens were found for a mask of {sizes[0]} queries and {sizes[1]} keys. "
+            "Expected positions of the tokens that attend. Pass the mask itself, [B, 1, S, S]."
+        )
+    if use_vmap and has_overlay(mask_function):
+        raise CaptureError(
+            "the model lays blocks over a mask function of its own, and it cannot be told whether documents go over "
+            "them or they over documents. Expected block_sequence_ids or or_mask_function alone. Pass no position_ids."
+        )
+    return within_documents(mask_function, *found)
 
 
 def record_mask(
@@ -76,9 +105,7 @@ def record_mask(
     """
     if q_offset != 0 or kv_offset != 0:
         raise CaptureError("a mask for tokens that follow a cache was asked for. Expected none in a captured call.")
-    if recording.documents is not None:
-        mask_function = within_documents(mask_function, *recording.documents)
-        recording.documents = None
+    mask_function = _within_found(mask_function, recording, (q_length, kv_length), bool(kwargs.get("use_vmap")))
     is_flash = function is flash_attention_mask
     pattern = _pattern(mask_function, batch_size, q_length, kv_length, device, kwargs)
     if is_flash:  # reads nothing but the padding: windows and documents are keywords of the attention call

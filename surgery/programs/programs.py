@@ -5,6 +5,7 @@ a call  ->  signature: its arguments, the model as it is now  ->  program: captu
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from surgery.programs.segments import Cuts
 from surgery.programs.state import check_state, fingerprint
 from surgery.recipe import SEQUENCE_PARALLEL
 
+_keys = itertools.count()
 DealOut = Callable[[Tensor, int], Tensor]
 
 
@@ -52,6 +54,7 @@ class Programs:
         self.images = images
         self.captured: list[Program] = []
         self.constants = types.SimpleNamespace()
+        self._key = f"programs {next(_keys)}"
         self._find_while_compiling = make_constant_finder(self)
 
     def copied_for(self, model: nn.Module, mesh: SequenceMesh | None, images: ImageMerger) -> Programs:
@@ -81,9 +84,10 @@ class Programs:
     def run_while_compiling(self, call: BoundCall, deal_out: DealOut | None) -> Any:
         """The same for Dynamo, which makes constants of sizes that are asked for: only where they matter."""
         inputs, constants = call.kind
-        program = self.captured[self._find_while_compiling(inputs, constants, self.model.training, None)]
+        find = self._find_while_compiling
+        program = self.captured[find(self._key, inputs, constants, self.model.training, None)]
         if program.has_assumptions:
-            program = self.captured[self._find_while_compiling(inputs, constants, self.model.training, call.sizes)]
+            program = self.captured[find(self._key, inputs, constants, self.model.training, call.sizes)]
         return program.run(self.model, call.tensors, deal_out)
 
     def prepare(self, call: BoundCall) -> Program:
@@ -170,12 +174,13 @@ def find_cuts(model: nn.Module) -> Cuts:
 def make_constant_finder(programs: Programs) -> Callable[..., int]:
     """`programs.find` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach.
 
-    A closure, as Dynamo of torch 2.11 takes nothing but constants for arguments.
+    A closure, as Dynamo of torch 2.11 takes nothing but constants for arguments; all closures are one to Dynamo, which
+    tells the programs of a model from those of its copy by their key.
     """
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def find_while_compiling(
-        inputs: TensorInputs, constants: Constants, is_training: bool, sizes: tuple[int, ...] | None
+        key: str, inputs: TensorInputs, constants: Constants, is_training: bool, sizes: tuple[int, ...] | None
     ) -> int:
         """`is_training` is the model's, which Dynamo compiles again for."""
 

@@ -41,6 +41,7 @@ def draw(
         key_length=length,
         device=device,
         may_skip=False,
+        is_asked_for=False,
         lifted=[],
         padding=padding.bool() if padding is not None else None,
         documents=documents,
