@@ -1,6 +1,6 @@
 # make demo    train a small Llama over two sequence-parallel ranks beside its unsharded self, and compare the losses
 # make test    every capability, on a sample of the architectures, much of it at P = 2
-# make test-all    every test, hours of them
+# make test-all    every test that needs no GPU, hours of them
 # make test-cuda    what needs a GPU
 # make lint    ruff and mypy
 # make examples    the demo and the other examples

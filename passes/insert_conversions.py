@@ -68,6 +68,7 @@ class _Editor:
         self._localize_sizes(node, step)
         for source, placement in zip(tensor_nodes(node), step.operands, strict=True):
             operand = self._convert(source, placement)
+            # a mask lies as in the whole model: one function makes it, here and there
             if knows_layout(node) and source.target is not MASK and is_contiguous(source.meta["val"]):
                 operand = self._laid_out(operand)
             node.replace_input_with(source, operand)
@@ -183,10 +184,7 @@ class _Editor:
 
 
 def knows_layout(node: fx.Node) -> bool:
-    """Whether `node` may read its operands by their strides, as code does that is not torch's or ours.
-
-    Masks are as in the whole model: one function makes them, here and there.
-    """
+    """Whether `node` may read its operands by their strides, as code does that is not torch's or ours."""
     target: Any = node.target
     is_operator = isinstance(target, torch._ops.OpOverload)
     return target is OPAQUE or (is_operator and target.namespace not in ("aten", "surgery"))

@@ -42,8 +42,9 @@ class SimplifyMasks:
     def run(self, graph: fx.Graph, context: Context) -> PassResult:
         trivial = find_single_documents(graph)
         for mask in trivial:
-            set_argument(mask, "documents", None)
-            set_argument(mask, "positions", None)
+            for word in ("documents", "positions"):
+                if bind_arguments(mask)[word] is not None:
+                    set_argument(mask, word, None)
         plain = find_plain_masks(graph, context)
         for node, mask in plain.items():
             set_argument(node, "mask", None)
@@ -56,7 +57,8 @@ class SimplifyMasks:
 def find_single_documents(graph: fx.Graph) -> list[fx.Node]:
     """Masks whose documents come from positions that the graph counts up one by one."""
     masks = graph.find_nodes(op="call_function", target=MASK)
-    return [mask for mask in masks if isinstance(mask.args[1], fx.Node) and _is_one_document(mask.args[1])]
+    documents = {mask: bind_arguments(mask)["documents"] for mask in masks}
+    return [mask for mask, node in documents.items() if isinstance(node, fx.Node) and _is_one_document(node)]
 
 
 def find_plain_masks(graph: fx.Graph, context: Context) -> dict[fx.Node, fx.Node]:
@@ -64,7 +66,8 @@ def find_plain_masks(graph: fx.Graph, context: Context) -> dict[fx.Node, fx.Node
 
     Only where sdpa's mask function would draw it: eager attention and flex take no mask for "all tokens see all".
     """
-    described = {node: node.args[3] for node in graph.find_nodes(op="call_function", target=ATTENTION)}
+    calls = graph.find_nodes(op="call_function", target=ATTENTION)
+    described = {node: bind_arguments(node)["mask"] for node in calls}
     masks = {node: mask for node, mask in described.items() if isinstance(mask, fx.Node) and mask.target is MASK}
     return {node: mask for node, mask in masks.items() if _is_plain(mask) and _is_skippable(mask, context)}
 

@@ -181,12 +181,12 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 
 
 def _add_device(add: Callable[..., Any]) -> None:
-    add("--device", type=_device, default="cpu", help="what all ranks compute on, such as cuda (default: cpu)")
+    add("--device", type=_usable_device, default="cpu", help="what all ranks compute on, such as cuda (default: cpu)")
 
 
-def _device(text: str) -> str:
+def _usable_device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
+        torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(

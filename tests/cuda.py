@@ -76,7 +76,7 @@ def drawn(sp_size: int, seed: int, change: Callable[[Any], None] = lambda model:
     torch.manual_seed(seed)
     found = gradients(model, to_gpu(make_batch(2, 32)))
     restore(model)
-    return found
+    return {name: gradient.cpu() for name, gradient in found.items()}
 
 
 def checkpointed(model: nn.Module) -> None:

@@ -142,6 +142,7 @@ def _kernels(code: str) -> list[str]:
     return re.findall(r"^ +(cpp_fused\w+)\(", code, flags=re.MULTILINE)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("fake_ranks")
 def test_inductor_fuses_the_packing() -> None:
     """The first all-to-all is packed by the kernel that applies RoPE, and attention reads what arrives in place.

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
-NO_MORE = 1.2
+MOST_COARSENING = 1.2
 """How much more a sharded model may round. Its sums have another order: it is now above the other, now below."""
 BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "causal": lambda: make_batch(2, 32),
@@ -77,7 +77,7 @@ def test_compiled_kernels_are_exact(world: World, implementation: str) -> None:
 
 def assert_no_coarser(results: list[tuple[float, float]]) -> None:
     for whole, sharded in results:
-        assert 0 < whole < 0.1 and sharded <= NO_MORE * whole, (whole, sharded)
+        assert 0 < whole < 0.1 and sharded <= MOST_COARSENING * whole, (whole, sharded)
 
 
 @pytest.mark.parametrize("kind", BATCHES)

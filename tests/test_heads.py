@@ -70,7 +70,7 @@ def test_exchange_and_attention_at_length(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads"), sampled([(6, 3), (7, 7), (5, 1), (3, 3), (2, 1), (1, 1)], {(6, 3), (7, 7), (5, 1)})
+    ("num_heads", "num_kv_heads"), sampled([(6, 3), (7, 7), (5, 1), (3, 3), (2, 1), (1, 1)], {(6, 3), (5, 1)})
 )
 def test_models_on_four_ranks(ranks: RankPool, num_heads: int, num_kv_heads: int) -> None:
     assert_exact(ranks.run(prove, "llama", 4, **with_heads(num_heads, num_kv_heads)))

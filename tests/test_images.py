@@ -149,7 +149,7 @@ def prove_in_float64(name: str, sp_size: int) -> tuple[list[dict[str, float]], i
 CASES = [(name, sp_size) for name in MODELS for sp_size in (2, 4)]
 
 
-@pytest.mark.parametrize(("name", "sp_size"), sampled(CASES, {("llava", 4), ("qwen2_5_vl", 2), ("gemma3", 2)}))
+@pytest.mark.parametrize(("name", "sp_size"), sampled(CASES, {("llava", 4), ("qwen2_5_vl", 2)}))
 def test_images(ranks: RankPool, name: str, sp_size: int) -> None:
     for errors, captured in ranks.run(prove_images, name, sp_size):
         assert_exact(errors)

@@ -100,7 +100,7 @@ def test_over_tokens_ranks_draw_apart(world: World, is_training: bool) -> None:
         assert_fair([run for slot in slots for run in slot.chunk(sp_size, dim=1)], mean, variance)
 
 
-@pytest.mark.parametrize("module_class", [ForAllTokens, OpaqueNoise])
+@pytest.mark.parametrize("module_class", sampled([ForAllTokens, OpaqueNoise], {ForAllTokens}))
 def test_whole_values_are_alike_whatever_the_seeds(world: World, module_class: type[nn.Module]) -> None:
     size = world.sp_size
     results = world.run(_shown, module_class(), size, tuple(range(1, size + 1)), (1,) * size)
@@ -177,7 +177,7 @@ def _recomputed(name: str, sp_size: int) -> tuple[float, float, float, list[int]
     return *(_distance(first, step) for step in (again, recomputed, other)), counter.sizes_bytes["all_reduce"]
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", sampled(["llama", "mixtral"], {"llama"}))
 def test_recomputation_draws_again_what_it_drew(world: World, name: str) -> None:
     for again, recomputed, other, sent in world.run(_recomputed, name, world.sp_size):
         assert again == 0.0
@@ -224,7 +224,7 @@ def _refused(name: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("name", sampled(DO_NOT_COMPILE, {"sdpa", "uniform"}))
+@pytest.mark.parametrize("name", sampled(DO_NOT_COMPILE, {"sdpa"}))
 def test_other_draws_do_not_compile(pair: RankPool, name: str) -> None:
     for message in pair.run(_refused, name):
         assert f"{name} draws random numbers" in message

@@ -62,7 +62,7 @@ def gradients_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> di
 
 
 def _average(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """On the host where the group is gloo's, which carries no other tensors."""
+    """On the host where the group is gloo's."""
     carried = gradient.cpu() if dist.get_backend(group) == "gloo" else gradient
     dist.all_reduce(carried, group=group)
     return carried.to(gradient.device) / group.size()

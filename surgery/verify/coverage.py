@@ -49,6 +49,7 @@ def _head(rows: Sequence[Row], sp_size: int) -> Iterator[str]:
     yield ""
     yield f"Inputs: {', '.join(kinds)}. Allowed error: 1e-5 in float32; what is above is measured in float64 again."
     revisions = Counter(row.revision or "unknown" for row in rows).most_common()
+    yield f"Computed on: {', '.join(sorted({row.device for row in rows}))}."
     yield f"Revisions tried: {', '.join(f'{name} ({count} rows)' for name, count in revisions)}."
     yield ""
     yield "| outcome | architectures | of those that run | |"

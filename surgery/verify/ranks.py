@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 import torch
@@ -116,10 +117,11 @@ class RankPool:
             process.kill()
 
 
-def _context() -> Any:
+def _context() -> ForkServerContext | SpawnContext:
     """Processes forked from one that has imported everything; but new ones where there is a GPU.
 
-    What is forked from a process that has looked at the GPU cannot use it, and to import flash-attn is to look.
+    What is forked from a process that has looked at the GPU cannot use it, and to import flash-attn is to look. Ranks
+    that compute on the CPU start as slowly there.
     """
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")

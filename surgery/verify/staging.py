@@ -1,6 +1,7 @@
 """Ranks that share one GPU: what they exchange goes through the host.
 
-gloo carries the CPU's tensors, and NCCL takes one rank a GPU; whoever has one GPU can so prove its kernels on P ranks.
+gloo carries tensors on the host, and NCCL takes one rank a GPU. Whoever has one GPU can so prove its kernels on P
+ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", "all_to_all_runs")
 
 @contextmanager
 def staged_through_host() -> Iterator[None]:
-    """Within the block every collective of this package takes its tensor to the host, and its result back."""
+    """Within the block the collectives of graphs and their inputs take their tensors to the host, and results back."""
     with ExitStack() as stack:
         for name in COLLECTIVES:
             collective = getattr(private, name)

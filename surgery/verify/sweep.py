@@ -30,20 +30,23 @@ TIMEOUT_S = 480
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture and what came of its trials, with the `revision` of this package that was tried."""
+    """One architecture and what came of its trials: with which `revision` of this package, on what `device`."""
 
     architecture: Architecture
     outcomes: tuple[Outcome, ...]
     revision: str = ""
+    device: str = "cpu"
 
     def to_dict(self) -> dict[str, Any]:
         outcomes = [outcome.to_dict() for outcome in self.outcomes]
-        return {**asdict(self.architecture), "revision": self.revision, "outcomes": outcomes}
+        told = {"revision": self.revision, "device": self.device}
+        return {**asdict(self.architecture), **told, "outcomes": outcomes}
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Row:
         architecture = Architecture(facts["task"], facts["class_name"], facts["model_type"])
-        return cls(architecture, tuple(Outcome(**outcome) for outcome in facts["outcomes"]), facts["revision"])
+        outcomes = tuple(Outcome(**outcome) for outcome in facts["outcomes"])
+        return cls(architecture, outcomes, facts["revision"], facts.get("device", "cpu"))
 
 
 def try_architecture(architecture: Architecture, sp_size: int, kinds: list[str], device: str) -> list[dict[str, Any]]:
@@ -93,16 +96,16 @@ def sweep(
 ) -> Iterator[Row]:
     """Run what `path` has no results of yet, adding each to it; yields the new rows as they come.
 
-    `again` matches the outcomes that count as none.
+    `again` matches the outcomes that count as none, besides those of another device.
     """
-    known = {row.architecture for row in read_rows(path) if not _is_due(row, again)}
+    known = {row.architecture for row in read_rows(path) if not _is_due(row, again, device)}
     workers = Workers(sp_size, kinds, device)
     count, revision = os.cpu_count() or 1, current_revision()
     try:
         with ThreadPoolExecutor(count) as threads:
             pending = [threads.submit(workers.try_, each) for each in architectures if each not in known]
             for done in as_completed(pending):
-                row = replace(done.result(), revision=revision)
+                row = replace(done.result(), revision=revision, device=device)
                 with path.open("a") as file:
                     file.write(_line(row))
                 yield row
@@ -117,7 +120,9 @@ def current_revision() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _is_due(row: Row, again: str | None) -> bool:
+def _is_due(row: Row, again: str | None, device: str) -> bool:
+    if row.device != device:
+        return True
     return again is not None and any(re.search(again, outcome.verdict) for outcome in row.outcomes)
 
 
