@@ -58,7 +58,17 @@ def test_refused_for_a_model_without_text(capsys: pytest.CaptureFixture[str]) ->
     assert "language model, found ViTConfig" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["inspect", "llama", "--sp-size", "0"], ["operate", "llama"]])
+WRONG_USAGE = [
+    [],
+    ["inspect"],
+    ["inspect", "llama", "--sp-size", "0"],
+    ["operate", "llama"],
+    ["verify", "llama", "--device", "meta"],
+    ["verify", "llama", "--device", "nowhere"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG_USAGE)
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from transformers import masking_utils as masks
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from surgery.attention.masks import READERS, UNKNOWN, Pattern, read_mask_function, write_mask_function
+from surgery.attention.masks import (
+    READERS,
+    UNKNOWN,
+    Pattern,
+    read_mask_function,
+    within_documents,
+    write_mask_function,
+)
 from surgery.attention.recorded import Recording
 from surgery.capture.recording_masks import record_mask
 from tests.zoo import make_config
@@ -187,3 +195,36 @@ def test_strange_masks_are_built_in_full() -> None:
 def test_plain_masks_are_nothing() -> None:
     assert recorded(causal) is None
     assert recorded(bidirectional, allow_is_bidirectional_skip=True) is None
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "or": {"or_mask_function": lambda batch, head, query, key: key < 2},
+    "and": {"and_mask_function": lambda batch, head, query, key: key != 1},
+    "blocks": {"block_sequence_ids": torch.tensor([[-1, -1, 0, 0, -1, -1]])},
+    "or, then blocks": {
+        "or_mask_function": lambda batch, head, query, key: key < 1,
+        "block_sequence_ids": torch.tensor([[-1, -1, 0, 0, -1, -1]]),
+    },
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_documents_go_where_transformers_puts_them(parts: dict[str, Any]) -> None:
+    """The function that is composed of documents found aside draws the mask that transformers makes itself."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    asked: list[Any] = []
+    config = make_config("llama", attn_implementation="sdpa")
+    given: dict[str, Any] = {"inputs_embeds": torch.zeros(1, 6, 8), "attention_mask": None, "past_key_values": None}
+    expected = masks.create_causal_mask(config, **given, position_ids=positions, **parts)
+
+    def ask(**kwargs: Any) -> None:
+        asked.append(kwargs["mask_function"])
+
+    with mock.patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, {"sdpa": ask}):
+        masks.create_causal_mask(config, **given, position_ids=torch.arange(6)[None], **parts)
+    documents = masks.find_packed_sequence_indices(positions)
+    assert documents is not None
+    function = within_documents(asked[0], documents, positions)
+    found = masks.sdpa_mask(1, 6, 6, mask_function=function, allow_is_causal_skip=False, use_vmap=True)
+    assert isinstance(found, Tensor) and isinstance(expected, Tensor) and torch.equal(found, expected)

@@ -20,9 +20,11 @@ from surgery.verify.catalog import Architecture, find_architecture, list_archite
 from surgery.verify.coverage import coverage_page
 from surgery.verify.ranks import RankPool, RanksLostError
 from surgery.verify.shrink import shrink
+from surgery.verify.staging import staged_through_host
 from surgery.verify.sweep import Row, read_rows, sweep
 from surgery.verify.trial import EXACT, FAILED, GATHERED, REFUSED, UNRUNNABLE, WRONG, Outcome, try_model, unanswered
 from surgery.verify.verify import Verification
+from tests.proof import assert_exact, prove
 
 LLAMA = Architecture("causal-lm", "LlamaForCausalLM", "llama")
 
@@ -140,6 +142,28 @@ def test_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert row.outcomes[0].verdict == UNRUNNABLE
     assert done in read_rows(path)
     assert len(read_rows(path)) == 2
+
+
+def test_sweep_tries_again_on_another_device(tmp_path: Path) -> None:
+    path = tmp_path / "coverage.jsonl"
+    path.write_text(json.dumps(Row(LLAMA, (Outcome("uneven", EXACT),), device="elsewhere").to_dict()) + "\n")
+    (row,) = sweep(path, [LLAMA], 2, ["uneven"])
+    assert row.device == "cpu" and "Computed on: cpu." in coverage_page(read_rows(path), 2)
+
+
+def _through_the_host() -> tuple[dict[str, float], bool]:
+    """The errors with collectives staged, and whether they are as before afterwards."""
+    before = vars(collectives)["all_reduce_sum"]
+    with staged_through_host():
+        assert vars(collectives)["all_reduce_sum"] is not before
+        errors = prove("llama", 2)
+    return errors, vars(collectives)["all_reduce_sum"] is before
+
+
+def test_exchange_through_the_host(pair: RankPool) -> None:
+    for errors, is_as_before in pair.run(_through_the_host):
+        assert_exact([errors])
+        assert is_as_before
 
 
 def test_page_counts_and_groups() -> None:
