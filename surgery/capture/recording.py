@@ -97,7 +97,8 @@ def record_attention(
             f"the mask of {type(module).__name__} is a {type(attention_mask).__name__}, which a graph for all batches "
             "cannot hold. Expected a tensor, or None. Register a mask function that makes it: docs/backends.md."
         )
-    path = next((path for path, other in recording.model.named_modules() if other is module), None)
+    modules = recording.model.named_modules()
+    path = next((path for path, other in modules if vars(other) is vars(module)), None)  # torch.export may wrap it
     if path is None or query.ndim != 4 or key.ndim != 4:
         raise CaptureError(
             f"{type(module).__name__} calls its attention with a query of shape {tuple(query.shape)}. Expected "
