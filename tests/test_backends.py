@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from passes import lower_attention
 from surgery import CaptureError, restore, transform
+from surgery.attention.implementations import sdpa, written_out
 from surgery.verify.comparison import compare
 from surgery.verify.ranks import RankPool
 from tests.backends import assert_flash, prove_flash, prove_own, register_own, registries, soft_attention
@@ -235,3 +238,11 @@ def test_compiled(pair: RankPool, implementation: str) -> None:
 @pytest.mark.parametrize("implementation", sampled(["flex_attention", "sloped_flex"], {"flex_attention"}))
 def test_compiled_flex(pair: RankPool, implementation: str) -> None:
     assert_exact(pair.run(_prove_compiled, implementation, {"input_ids": make_batch(2, 32)["input_ids"]}))
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_soft_caps_under_sdpa_are_left_out_where_transformers_leaves_them_out(is_refused: bool) -> None:
+    with mock.patch.object(lower_attention, "sdpa_refuses_soft_caps", return_value=is_refused):
+        model = transform(use(make_model("gemma2"), "sdpa"), 2)
+    targets = {site.node.target for site in model.surgery.programs[0].context.sites}
+    assert targets == {written_out if is_refused else sdpa}

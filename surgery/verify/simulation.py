@@ -13,20 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery import collectives
 from surgery.axis import Axis
-from surgery.exchange import heads as exchange
 from surgery.private import GroupName
+from surgery.verify.staging import replaced_collectives
 
 TIMEOUT_S = 60
-ALL_TO_ALL = "all_to_all_runs"
-COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", ALL_TO_ALL)
 
 
 def run_ranks(graph: fx.Graph, size: int, inputs: tuple[Tensor, ...]) -> list[Any]:
@@ -106,6 +102,5 @@ def simulated_ranks(size: int) -> Iterator[Callable[[Callable[[Axis], Any]], lis
             raise error
         return [future.result() for future in futures]
 
-    simulated = {name: getattr(meeting, name) for name in COLLECTIVES}
-    with mock.patch.multiple(collectives, **simulated), mock.patch.object(exchange, ALL_TO_ALL, simulated[ALL_TO_ALL]):
+    with replaced_collectives(lambda collective: getattr(meeting, collective.__name__)):
         yield run

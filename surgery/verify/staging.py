@@ -16,27 +16,30 @@ from torch import Tensor
 
 from surgery import private
 
-COLLECTIVES = ("all_gather_first_dim", "all_reduce_sum", "all_to_all_runs")
+COLLECTIVES = (private.all_gather_first_dim, private.all_reduce_sum, private.all_to_all_runs)
+Collective = Callable[..., Tensor]
 
 
 @contextmanager
 def staged_through_host() -> Iterator[None]:
     """Within the block the collectives of graphs and their inputs take their tensors to the host, and results back."""
-    with ExitStack() as stack:
-        for name in COLLECTIVES:
-            collective = getattr(private, name)
-            for module in _users(name, collective):
-                stack.enter_context(mock.patch.object(module, name, _staged(collective)))
+    with replaced_collectives(_staged):
         yield
 
 
-def _users(name: str, collective: Callable[..., Tensor]) -> list[Any]:
-    """The modules that have imported it by name."""
+@contextmanager
+def replaced_collectives(replace: Callable[[Collective], Collective]) -> Iterator[None]:
+    """Within the block, `replace(collective)` stands for each of them in every module that has imported it by name."""
     own = [module for path, module in sys.modules.items() if path.startswith("surgery.") and module is not private]
-    return [module for module in own if vars(module).get(name) is collective]
+    with ExitStack() as stack:
+        for collective in COLLECTIVES:
+            for module in own:
+                if vars(module).get(collective.__name__) is collective:
+                    stack.enter_context(mock.patch.object(module, collective.__name__, replace(collective)))
+        yield
 
 
-def _staged(collective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _staged(collective: Collective) -> Collective:
     def through_host(x: Tensor, *arguments: Any) -> Tensor:
         return collective(x.cpu(), *arguments).to(x.device)
 
