@@ -1,4 +1,4 @@
-"""Fixtures: worlds of four and of two gloo ranks, each started once, when a test first asks for it."""
+"""Fixtures: worlds of four and of two gloo ranks, which tests share."""
 
 from __future__ import annotations
 
@@ -16,23 +16,43 @@ from tests.worlds import World
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
-    pool = RankPool(world_size=4)
-    yield pool
-    pool.close()
+class Pools:
+    """Worlds by their size, each started when it is first asked for, and again when it has lost a rank."""
+
+    def __init__(self) -> None:
+        self._by_size: dict[int, RankPool] = {}
+
+    def of(self, size: int) -> RankPool:
+        if size in self._by_size and self._by_size[size].is_lost:
+            self._by_size.pop(size).close()
+        if size not in self._by_size:
+            self._by_size[size] = RankPool(world_size=size)
+        return self._by_size[size]
+
+    def close(self) -> None:
+        for pool in self._by_size.values():
+            pool.close()
 
 
 @pytest.fixture(scope="session")
-def pair() -> Iterator[RankPool]:
+def pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture
+def ranks(pools: Pools) -> RankPool:
+    return pools.of(4)
+
+
+@pytest.fixture
+def pair(pools: Pools) -> RankPool:
     """Half the processes, and half the time, for what is shown at P = 2 alone."""
-    pool = RankPool(world_size=2)
-    yield pool
-    pool.close()
+    return pools.of(2)
 
 
 @pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.sweep)], ids="{}-ranks".format)
-def world(request: pytest.FixtureRequest) -> World:
+def world(request: pytest.FixtureRequest, pools: Pools) -> World:
     """Two ranks, and with `make test-all` also four."""
-    size: int = request.param
-    return World(request.getfixturevalue({2: "pair", 4: "ranks"}[size]), size)
+    return World(pools.of(request.param), request.param)

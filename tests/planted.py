@@ -50,6 +50,21 @@ def written_in_place(x: Tensor, weight: Tensor) -> Tensor:
     return shifted @ weight
 
 
+def seen_through_dropout(x: Tensor, weight: Tensor) -> Tensor:
+    """Dropout that is off is its operand: what is written to one is read from the other."""
+    y = x @ weight
+    dropped = F.dropout(y, 0.0, training=True)
+    y[:, 1:] += x[:, :-1]
+    return x + dropped
+
+
+def seen_through_einsum(x: Tensor, weight: Tensor) -> Tensor:
+    y = x @ weight
+    turned = torch.einsum("bsh->bhs", y)
+    y[:, 1:] += x[:, :-1]
+    return x + turned.transpose(1, 2)
+
+
 def masked_by_distance(x: Tensor, weight: Tensor) -> Tensor:
     """Attention of 8 heads that share a mask of two dims, [S, S]."""
     query, key = (y.view(x.shape[0], x.shape[1], 8, -1).transpose(1, 2) for y in (x @ weight, x))
@@ -103,6 +118,8 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token_count_scale": lambda x, w: x * x.shape[1],
     "in_place": lambda x, w: (x * 1.0).add_(x.mean(1, keepdim=True)).mul_(2),
     "written_in_place": written_in_place,
+    "seen_through_dropout": seen_through_dropout,
+    "seen_through_einsum": seen_through_einsum,
     "scatter_over_tokens": lambda x, w: x + torch.zeros_like(x).scatter(1, (x > 0).long(), x),
     "index_reversed": lambda x, w: x + x[:, torch.arange(x.shape[1] - 1, -1, -1)],
     "squeezed": lambda x, w: x + x.squeeze(1) @ w + x[:, :, None].squeeze(),

@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
-from passes.inline_blocks import AUTOCAST, SET_GRAD, inline_all
+from passes.inline_blocks import AUTOCAST, SET_GRAD
 from surgery.attention.recorded import RecordedCall, RecordedMask, Recording
 from surgery.capture.branches import Sides, describe_branches
 from surgery.capture.buffer_writes import drop_buffer_writes
@@ -33,6 +33,7 @@ from surgery.capture.exporting import export_model, specs_by_name
 from surgery.capture.fallbacks import Fallbacks
 from surgery.capture.gradless_writes import refuse_gradless_writes, written_by
 from surgery.capture.host_randomness import refused_host_randomness
+from surgery.capture.in_place import without_writes
 from surgery.capture.opaque import OpaqueModules
 from surgery.capture.opaque_calls import InputSizes, OpaqueCall
 from surgery.capture.recording import recorded_attention
@@ -48,7 +49,12 @@ from surgery.capture.trace_settings import (
 from surgery.errors import CaptureError, UnsupportedOperationError
 from surgery.inputs.signature import Signature
 from surgery.metadata import Skip, where
-from surgery.private import export_patches, functionalized, refused_specialization, told_eager
+from surgery.private import (
+    export_patches,
+    refused_specialization,
+    told_eager,
+    without_fake_tensor_cache,
+)
 from surgery.shapes import Lengths, to_expr
 
 _captures = itertools.count()
@@ -114,6 +120,7 @@ def _trace(
         stack.enter_context(as_unsharded(model))
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
+        stack.enter_context(without_fake_tensor_cache())
         stack.enter_context(refused_specialization(SpecializedError))
         stack.enter_context(told_eager(model) if fallbacks.is_told_eager else nullcontext())
         stack.enter_context(refused_host_randomness(f"the forward of {type(model).__name__}"))
@@ -124,9 +131,7 @@ def _trace(
             program, ranges = export_model(model, signature, example, fallbacks)
             refuse_gradless_writes(program)
             if any(written_by(node) for node in _nodes(program)):
-                inline_all(program.graph)  # torch.export forgets about no_grad blocks on the way
-                program.graph_module.recompile()
-                program = functionalized(program)
+                program = without_writes(program)
         except CaptureError:
             raise
         except Exception as error:

@@ -51,7 +51,7 @@ def _check(module: fx.GraphModule, learning: set[fx.Node], *, is_under_no_grad: 
         if node.target in BLOCKS:
             _check_block(module, node, learning, is_under_no_grad)
         for written in written_by(node):
-            base, is_detached = _base_of(written)
+            base, is_detached = base_of(written)
             is_of_outside = is_under_no_grad and base.op == "placeholder"
             has_gradient = not is_under_no_grad and any(x in learning for x in node.all_input_nodes if x is not written)
             is_without = is_detached or _is_gradless_result(base)
@@ -84,16 +84,16 @@ def _is_gradless_result(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and is_gradless(source)
 
 
-def _base_of(node: fx.Node) -> tuple[fx.Node, bool]:
+def base_of(node: fx.Node) -> tuple[fx.Node, bool]:
     """The value that `node` is a view of, and whether one of the views on the way is detached."""
     is_detached = False
-    while isinstance(node.args[0] if node.args else None, fx.Node) and _is_view(node):
+    while isinstance(node.args[0] if node.args else None, fx.Node) and is_view(node):
         is_detached |= node.target is torch.ops.aten.detach.default
         node = node.args[0]  # type: ignore[assignment]
     return node, is_detached
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a result shares the memory of the first operand; what picks one of several views counts, too."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -103,7 +103,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _is_view_of_several(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and _is_view(node)
+    return isinstance(node.target, torch._ops.OpOverload) and is_view(node)
 
 
 def _is_floating(node: fx.Node) -> bool:

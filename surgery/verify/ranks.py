@@ -40,9 +40,10 @@ class RankPool:
 
     def __init__(self, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
         self.timeout_s = timeout_s
-        self._is_lost = False
+        self.is_lost = False
         context = _context()
-        store = os.path.join(tempfile.mkdtemp(prefix="surgery-ranks-"), "store")
+        self._directory = tempfile.TemporaryDirectory(prefix="surgery-ranks-")
+        store = os.path.join(self._directory.name, "store")
         pairs = [context.Pipe() for _ in range(world_size)]
         self._pipes = [ours for ours, _ in pairs]
         self._processes = [
@@ -69,7 +70,7 @@ class RankPool:
             self._send(None)
 
     def _send(self, message: Any) -> None:
-        if self._is_lost:
+        if self.is_lost:
             raise RanksLostError("a rank was lost before: the others may still wait for it")
         for pipe in self._pipes:
             pipe.send(message)
@@ -79,7 +80,7 @@ class RankPool:
         failures = [f"rank {rank}:\n{text}" for rank, (text, _) in sorted(answers.items()) if text is not None]
         if len(answers) < len(self._pipes):
             missing = [rank for rank in range(len(self._pipes)) if rank not in answers]
-            self._is_lost = True
+            self.is_lost = True
             waited = f"{GRACE_S} s of another's failure" if failures else f"{self.timeout_s:.0f} s"
             raise RanksLostError("\n".join([f"ranks {missing} did not answer within {waited}", *failures]))
         assert not failures, "\n".join(failures)
@@ -105,7 +106,7 @@ class RankPool:
         try:
             answer: Answer = self._pipes[rank].recv()
         except (EOFError, ConnectionError) as error:
-            self._is_lost = True
+            self.is_lost = True
             raise RanksLostError(f"rank {rank} died") from error
         return answer
 
@@ -115,6 +116,7 @@ class RankPool:
         for process in self._processes:
             process.join(timeout=2)
             process.kill()
+        self._directory.cleanup()
 
 
 def _context() -> ForkServerContext | SpawnContext:
