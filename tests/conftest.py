@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test a
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from surgery.verify.ranks import RankPool
 from tests.worlds import World
@@ -50,6 +52,14 @@ def ranks(pools: Pools) -> RankPool:
 def pair(pools: Pools) -> RankPool:
     """Half the processes, and half the time, for what is shown at P = 2 alone."""
     return pools.of(2)
+
+
+@pytest.fixture
+def fake_ranks() -> Iterator[None]:
+    """Four ranks of which the first alone exists: collectives return at once. For what needs no numbers."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.sweep)], ids="{}-ranks".format)

@@ -14,6 +14,7 @@ from surgery.capture.branches import OtherBranchError
 from surgery.verify.comparison import run_sharded, run_whole
 from surgery.verify.ranks import RankPool
 from tests.proof import assert_exact
+from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
 RARE = 7
@@ -46,9 +47,9 @@ def _batch(*present: int) -> dict[str, Tensor]:
     return batch
 
 
-def _prove_sides() -> tuple[list[dict[str, float]], list[tuple[bool, ...]]]:
+def _prove_sides(sp_size: int) -> tuple[list[dict[str, float]], list[tuple[bool, ...]]]:
     whole = Asking(make_model("llama"))
-    twin: Any = transform(copy.deepcopy(whole), 4)
+    twin: Any = transform(copy.deepcopy(whole), sp_size, example=_batch())
     errors = []
     for present in ((), (RARE,), (RARE, RARE + 1), (RARE,)):
         batch = _batch(*present)
@@ -60,8 +61,8 @@ def _prove_sides() -> tuple[list[dict[str, float]], list[tuple[bool, ...]]]:
     return errors, sides
 
 
-def test_each_side_gets_a_graph_of_its_own(ranks: RankPool) -> None:
-    found = ranks.run(_prove_sides)
+def test_each_side_gets_a_graph_of_its_own(world: World) -> None:
+    found = world.run(_prove_sides, world.sp_size)
     for errors in zip(*(errors for errors, _ in found), strict=True):
         assert_exact(list(errors))
     for _, sides in found:

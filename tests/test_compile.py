@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from surgery import restore, transform
@@ -115,16 +113,6 @@ def _compiled_copy() -> tuple[float, float]:
 def test_a_changed_copy_is_compiled_anew(pair: RankPool) -> None:
     for from_itself, from_original in pair.run(_compiled_copy):
         assert from_itself <= TOLERANCE[torch.float32] < from_original
-
-
-@pytest.fixture
-def fake_ranks() -> Iterator[None]:
-    """Two ranks of which only this one exists: collectives return at once, for looking at code and not at numbers."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
 
 
 def _generated_code(model: nn.Module) -> tuple[str, str]:

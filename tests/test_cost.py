@@ -11,7 +11,6 @@ from surgery import restore, transform
 from surgery.metadata import facts_of
 from surgery.placement import Replicated
 from surgery.shapes import length_dims, shape_of
-from surgery.verify.ranks import RankPool
 from tests.counting import CollectiveCounter, SavedActivations
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
@@ -42,16 +41,17 @@ SAVED = [(name, sp_size) for name in ("llama", "qwen3", "gpt2") for sp_size in (
 
 
 @pytest.mark.parametrize(("sp_size", "num_kv_heads"), sampled(COUNTED, {(2, 4), (4, 4), (4, 1)}))
-def test_two_all_to_alls_each_way_and_one_scalar_each_way(ranks: RankPool, sp_size: int, num_kv_heads: int) -> None:
-    for forward, backward, sent_forward, sent_backward in ranks.run(_count_step, "llama", sp_size, num_kv_heads):
-        assert forward == {"all_to_all_single": 2 * NUM_LAYERS, "all_reduce": 1}
-        assert backward == {"all_to_all_single": 2 * NUM_LAYERS, "all_reduce": 1}
-        tokens = BATCH_SIZE * LENGTH // sp_size
-        kv_heads = max(num_kv_heads, sp_size)  # a key/value head goes once to each rank whose queries need it
-        packed = tokens * (8 + 2 * kv_heads) * HEAD_SIZE * ELEMENT_SIZE
-        output = tokens * 8 * HEAD_SIZE * ELEMENT_SIZE
-        assert sent_forward == [packed, output] * NUM_LAYERS
-        assert sent_backward == [output, packed] * NUM_LAYERS
+@pytest.mark.usefixtures("fake_ranks")
+def test_two_all_to_alls_each_way_and_one_scalar_each_way(sp_size: int, num_kv_heads: int) -> None:
+    forward, backward, sent_forward, sent_backward = _count_step("llama", sp_size, num_kv_heads)
+    assert forward == {"all_to_all_single": 2 * NUM_LAYERS, "all_reduce": 1}
+    assert backward == {"all_to_all_single": 2 * NUM_LAYERS, "all_reduce": 1}
+    tokens = BATCH_SIZE * LENGTH // sp_size
+    kv_heads = max(num_kv_heads, sp_size)  # a key/value head goes once to each rank whose queries need it
+    packed = tokens * (8 + 2 * kv_heads) * HEAD_SIZE * ELEMENT_SIZE
+    output = tokens * 8 * HEAD_SIZE * ELEMENT_SIZE
+    assert sent_forward == [packed, output] * NUM_LAYERS
+    assert sent_backward == [output, packed] * NUM_LAYERS
 
 
 def _saved_share(name: str, sp_size: int) -> float:
@@ -69,9 +69,9 @@ def _saved_share(name: str, sp_size: int) -> float:
 
 
 @pytest.mark.parametrize(("name", "sp_size"), sampled(SAVED, {("llama", 2), ("llama", 4), ("gpt2", 4)}))
-def test_saved_activations_are_a_share(ranks: RankPool, name: str, sp_size: int) -> None:
-    for share in ranks.run(_saved_share, name, sp_size):
-        assert share <= 1.1 / sp_size
+@pytest.mark.usefixtures("fake_ranks")
+def test_saved_activations_are_a_share(name: str, sp_size: int) -> None:
+    assert _saved_share(name, sp_size) <= 1.1 / sp_size
 
 
 @pytest.mark.parametrize(

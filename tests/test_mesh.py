@@ -100,13 +100,14 @@ def _mesh_facts() -> list[Any]:
     ]
 
 
-def test_what_a_mesh_does_not_say_is_an_error(ranks: RankPool) -> None:
-    for data, world_size, no_data, no_everyone, is_reported in ranks.run(_mesh_facts):
-        assert data == (1, 0)
-        assert world_size == 4
-        assert "Expected a dimension 'dp' beside 'sp'" in no_data
-        assert "not 'dp' x 'sp' over all ranks" in no_everyone
-        assert is_reported
+@pytest.mark.usefixtures("fake_ranks")
+def test_what_a_mesh_does_not_say_is_an_error() -> None:
+    data, world_size, no_data, no_everyone, is_reported = _mesh_facts()
+    assert data == (1, 0)
+    assert world_size == 4
+    assert "Expected a dimension 'dp' beside 'sp'" in no_data
+    assert "not 'dp' x 'sp' over all ranks" in no_everyone
+    assert is_reported
 
 
 def _answers_to_deepspeed() -> tuple[int, int]:
@@ -146,13 +147,14 @@ def _bad_groups() -> dict[str, str]:
     return found
 
 
-def test_bad_groups(ranks: RankPool) -> None:
-    for found in ranks.run(_bad_groups):
-        assert "the mesh has 2 ranks in 'sp', but sp_size is 4" in found["size"]
-        assert "expected a mesh with a dimension 'sp'" in found["names"]
-        assert "expected a mesh or an mpu, found both" in found["both"]
-        assert "found str" in found["no mpu"]
-        assert "to be a process group that this rank is in, found 3" in found["no group"]
-        assert "Initialize its groups first" in found["uninitialized"]
-        assert found["then"] == "no error"
-        assert all(text.startswith("ConfigurationError") for name, text in found.items() if name != "then")
+@pytest.mark.usefixtures("fake_ranks")
+def test_bad_groups() -> None:
+    found = _bad_groups()
+    assert "the mesh has 2 ranks in 'sp', but sp_size is 4" in found["size"]
+    assert "expected a mesh with a dimension 'sp'" in found["names"]
+    assert "expected a mesh or an mpu, found both" in found["both"]
+    assert "found str" in found["no mpu"]
+    assert "to be a process group that this rank is in, found 3" in found["no group"]
+    assert "Initialize its groups first" in found["uninitialized"]
+    assert found["then"] == "no error"
+    assert all(text.startswith("ConfigurationError") for name, text in found.items() if name != "then")

@@ -71,14 +71,14 @@ def test_mixers_read_the_padding(pair: RankPool) -> None:
     assert_exact(pair.run(_prove_padded))
 
 
-def _prove_checkpointed() -> dict[str, float]:
+def _prove_checkpointed(sp_size: int) -> dict[str, float]:
     model = make_opaque(Loop)
     model.gradient_checkpointing_enable()
-    return compare(model, 4, make_batch(2, 32))
+    return compare(model, sp_size, make_batch(2, 32))
 
 
-def test_recomputed(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_prove_checkpointed))
+def test_recomputed(world: World) -> None:
+    assert_exact(world.run(_prove_checkpointed, world.sp_size))
 
 
 def _prove_compiled() -> dict[str, float]:
@@ -92,9 +92,9 @@ def test_compiled_where_dynamo_can_follow(pair: RankPool) -> None:
     assert_exact(pair.run(_prove_compiled))
 
 
-def _prove_replaced() -> dict[str, float]:
+def _prove_replaced(sp_size: int) -> dict[str, float]:
     """A parameter replaced after the transform, at another length and batch size, in the program of the first step."""
-    model = transform(make_opaque(Loop), 4)
+    model = transform(make_opaque(Loop), sp_size)
     model(**make_batch(2, 32))
     model.model.layers[0].mlp.decay = nn.Parameter(torch.linspace(0, 1, 64))
     reference: Any = restore(copy.deepcopy(model))
@@ -106,13 +106,13 @@ def _prove_replaced() -> dict[str, float]:
     errors["programs"] = len(model.surgery.programs) - 1.0
     decay = model.model.layers[0].mlp.decay.grad
     dist.all_reduce(decay)
-    errors["decay"] = relative_error(decay / 4, reference.model.layers[0].mlp.decay.grad)
+    errors["decay"] = relative_error(decay / sp_size, reference.model.layers[0].mlp.decay.grad)
     restore(model)
     return errors
 
 
-def test_parameters_are_looked_up(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_prove_replaced))
+def test_parameters_are_looked_up(world: World) -> None:
+    assert_exact(world.run(_prove_replaced, world.sp_size))
 
 
 @pytest.mark.parametrize("module_class", REFUSED)
@@ -168,11 +168,11 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         _learn(Halving(nn.Identity()))
 
 
-def _prove_hooked(module_class: type[nn.Module]) -> tuple[dict[str, float], int]:
+def _prove_hooked(module_class: type[nn.Module], sp_size: int) -> tuple[dict[str, float], int]:
     """FSDP2 around the opaque module itself: its own call gathers its parameters."""
     model = make_opaque(module_class)
     reference = copy.deepcopy(model)
-    transform(model, 4)
+    transform(model, sp_size)
     fully_shard(model.model.layers[0].mlp)
     fully_shard(model)
     batch = make_batch(2, 30)
@@ -185,7 +185,7 @@ def _prove_hooked(module_class: type[nn.Module]) -> tuple[dict[str, float], int]
     return errors, len(model.surgery.programs)
 
 
-def test_hooks_on_an_opaque_module_fire_once(ranks: RankPool) -> None:
-    results = ranks.run(_prove_hooked, Loop)
+def test_hooks_on_an_opaque_module_fire_once(world: World) -> None:
+    results = world.run(_prove_hooked, Loop, world.sp_size)
     assert_exact([errors for errors, _ in results])
-    assert [programs for _, programs in results] == [1] * 4
+    assert [programs for _, programs in results] == [1] * world.sp_size

@@ -59,13 +59,15 @@ def _run(model: Any, ids: Tensor, *seeds: tuple[int, ...]) -> list[Steps]:
 
 
 def _shown(module: nn.Module, sp_size: int, *seeds: tuple[int, ...]) -> list[Steps]:
-    model = transform(make_shown(module).train(module.training), sp_size)
-    return _run(model, make_batch(8, 32, vocab_size=SLOT)["input_ids"], *seeds)
+    ids = make_batch(8, 32, vocab_size=SLOT)["input_ids"]
+    model = transform(make_shown(module).train(module.training), sp_size, example={"input_ids": ids})
+    return _run(model, ids, *seeds)
 
 
 def _attending(sp_size: int) -> list[Steps]:
-    model = transform(make_attending(0.25), sp_size)
-    return _run(model, torch.arange(16).expand(8, -1), *[(3,) * sp_size] * 2)
+    ids = torch.arange(16).expand(8, -1)
+    model = transform(make_attending(0.25), sp_size, example={"input_ids": ids})
+    return _run(model, ids, *[(3,) * sp_size] * 2)
 
 
 def assert_in_step(results: list[list[Steps]]) -> None:
@@ -235,7 +237,7 @@ def _moments(sp_size: int, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     model = make_model("gpt2", embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2)
     ids = make_batch(2, 16)["input_ids"]
     whole = copy.deepcopy(model)
-    transform(model, sp_size)
+    transform(model, sp_size, example={"input_ids": ids})
     torch.manual_seed(0)
     with torch.no_grad():
         expected = torch.stack([whole(input_ids=ids, use_cache=False).logits for _ in range(num_steps)])

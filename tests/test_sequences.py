@@ -62,16 +62,17 @@ def _count_collectives() -> tuple[dict[str, int], list[int], dict[str, int], lis
     return dict(forward.calls), sizes[0], dict(backward.calls), sizes[1]
 
 
-def test_cross_attention_sends_queries_and_keys_apart(ranks: RankPool) -> None:
+@pytest.mark.usefixtures("fake_ranks")
+def test_cross_attention_sends_queries_and_keys_apart() -> None:
     """Nothing is gathered, and no rank sends a token's head twice: the first all-gather compares the ranks' batches."""
     num_layers, heads_bytes = 1, 8 * 8 * 4  # of one token: 8 heads of 8 numbers
     source, target = B * 32 // 4 * heads_bytes, B * 24 // 4 * heads_bytes
     encoder, decoder, across = [3 * source, source], [3 * target, target], [target, 2 * source, target]
     expected = sorted((encoder + decoder + across) * num_layers)
-    for forward, sent_forward, backward, sent_backward in ranks.run(_count_collectives):
-        assert forward == {"all_gather_into_tensor": 1, "all_to_all_single": 7 * num_layers, "all_reduce": 1}
-        assert backward == {"all_to_all_single": 7 * num_layers, "all_reduce": 1}
-        assert sent_forward == sent_backward == expected
+    forward, sent_forward, backward, sent_backward = _count_collectives()
+    assert forward == {"all_gather_into_tensor": 1, "all_to_all_single": 7 * num_layers, "all_reduce": 1}
+    assert backward == {"all_to_all_single": 7 * num_layers, "all_reduce": 1}
+    assert sent_forward == sent_backward == expected
 
 
 @pytest.mark.parametrize("name", sampled(["mbart", "pegasus", "switch_transformers"], []))
@@ -92,8 +93,8 @@ MASKED = ("albert", "bert", "deberta-v2", "electra", "modernbert", "roberta")
 
 
 @pytest.mark.parametrize("name", sampled(MASKED, {"modernbert"}))
-def test_masked_language_model(ranks: RankPool, name: str) -> None:
-    assert_exact(ranks.run(prove_head, AutoModelForMaskedLM, name, 4))
+def test_masked_language_model(world: World, name: str) -> None:
+    assert_exact(world.run(prove_head, AutoModelForMaskedLM, name, world.sp_size))
 
 
 HEADS = [
@@ -110,13 +111,13 @@ HEADS = [
 @pytest.mark.parametrize(
     ("auto", "name"), sampled(HEADS, HEADS[:4]), ids=lambda value: getattr(value, "__name__", value)
 )
-def test_head(ranks: RankPool, auto: Any, name: str) -> None:
-    assert_exact(ranks.run(prove_head, auto, name, 4, pad_token_id=0))
+def test_head(world: World, auto: Any, name: str) -> None:
+    assert_exact(world.run(prove_head, auto, name, world.sp_size, pad_token_id=0))
 
 
-def test_answers_in_a_text(ranks: RankPool) -> None:
+def test_answers_in_a_text(world: World) -> None:
     """In float64: the gradient of the last bias is zero in exact arithmetic, and all noise in float32."""
-    results = ranks.run(prove_head, AutoModelForQuestionAnswering, "bert", 4, dtype=torch.float64)
+    results = world.run(prove_head, AutoModelForQuestionAnswering, "bert", world.sp_size, dtype=torch.float64)
     assert_exact(results, torch.float64)
 
 
@@ -128,9 +129,10 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("problem", sampled(NUMBERS, {"regression of several"}))
-def test_numbers_for_each_sequence(ranks: RankPool, problem: str) -> None:
+def test_numbers_for_each_sequence(world: World, problem: str) -> None:
     batch = {**padded(), "labels": NUMBERS[problem]}
-    assert_exact(ranks.run(prove_head, AutoModelForSequenceClassification, "bert", 4, batch, **_problem(problem)))
+    head = AutoModelForSequenceClassification, "bert", world.sp_size
+    assert_exact(world.run(prove_head, *head, batch, **_problem(problem)))
 
 
 def _problem(problem: str) -> dict[str, Any]:

@@ -74,13 +74,13 @@ def test_mpu_is_a_grid_with_contiguous_sequence_ranks(ranks: RankPool) -> None:
     assert [fact["ranks"] for fact in facts] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
-def _eval_bypass() -> tuple[bool, int]:
+def _eval_bypass(sp_size: int) -> tuple[bool, int]:
     from tests.counting import CollectiveCounter
 
     model = make_model("llama").eval()
     batch = make_batch(2, 30)
     expected = copy.deepcopy(model)(**batch)
-    transform(model, 4, disable_in_eval=True)
+    transform(model, sp_size, disable_in_eval=True)
     with CollectiveCounter() as counter, torch.no_grad():
         found = model(**batch)
     is_equal = torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
@@ -88,8 +88,8 @@ def _eval_bypass() -> tuple[bool, int]:
     return is_equal, counter.total
 
 
-def test_eval_bypass_is_the_original_bit_for_bit(ranks: RankPool) -> None:
-    assert ranks.run(_eval_bypass) == [(True, 0)] * 4
+def test_eval_bypass_is_the_original_bit_for_bit(world: World) -> None:
+    assert world.run(_eval_bypass, world.sp_size) == [(True, 0)] * world.sp_size
 
 
 def _train_steps(transformed: bool) -> list[float]:
@@ -144,18 +144,18 @@ def _with_low_rank() -> nn.Module:
     return model
 
 
-def _prove_low_rank() -> dict[str, float]:
+def _prove_low_rank(sp_size: int) -> dict[str, float]:
     torch.manual_seed(3)
-    return compare(_with_low_rank(), 4, make_batch(2, 32))
+    return compare(_with_low_rank(), sp_size, make_batch(2, 32))
 
 
-def test_low_rank_adapters(ranks: RankPool) -> None:
-    assert_exact(ranks.run(_prove_low_rank))
+def test_low_rank_adapters(world: World) -> None:
+    assert_exact(world.run(_prove_low_rank, world.sp_size))
 
 
-def _replaced_after_transform() -> list[float]:
+def _replaced_after_transform(sp_size: int) -> list[float]:
     """Errors of the loss after a dtype move, a swapped head of the same shape, and one of another kind."""
-    model = transform(make_model("llama"), 4)
+    model = transform(make_model("llama"), sp_size)
     batch = make_batch(2, 32)
     model(**batch)
     torch.manual_seed(4)
@@ -186,31 +186,31 @@ def _resize(model: Any) -> None:
     model.config.vocab_size = 120
 
 
-def test_parameters_replaced_after_the_transform(ranks: RankPool) -> None:
-    for errors in ranks.run(_replaced_after_transform):
+def test_parameters_replaced_after_the_transform(world: World) -> None:
+    for errors in world.run(_replaced_after_transform, world.sp_size):
         assert max(errors) <= TOLERANCE_F32
 
 
-def _generates() -> tuple[bool, bool]:
+def _generates(sp_size: int) -> tuple[bool, bool]:
     model = make_model("llama").eval()
     ids = make_batch(1, 7)["input_ids"]
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)
-    transform(model, 4)
+    transform(model, sp_size)
     found = model.generate(ids, max_new_tokens=5, do_sample=False)
     uncached = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
     restore(model)
     return torch.equal(found, expected), torch.equal(uncached, expected)
 
 
-def test_generate_is_untouched(ranks: RankPool) -> None:
-    assert ranks.run(_generates) == [(True, True)] * 4
+def test_generate_is_untouched(world: World) -> None:
+    assert world.run(_generates, world.sp_size) == [(True, True)] * world.sp_size
 
 
-def _leaves_no_trace(directory: str) -> list[bool]:
+def _leaves_no_trace(sp_size: int, directory: str) -> list[bool]:
     from transformers import AutoModelForCausalLM
 
     model, original = make_model("llama"), make_model("llama")
-    transform(model, 4)
+    transform(model, sp_size)
     same_keys = list(model.state_dict()) == list(original.state_dict())
     if dist.get_rank() == 0:
         model.save_pretrained(directory)
@@ -223,8 +223,8 @@ def _leaves_no_trace(directory: str) -> list[bool]:
     return [same_keys, same_weights, same_loss, type(model) is type(original), "surgery" not in model.__dict__]
 
 
-def test_state_dict_saving_and_restore(ranks: RankPool, tmp_path: Any) -> None:
-    assert ranks.run(_leaves_no_trace, str(tmp_path)) == [[True] * 5] * 4
+def test_state_dict_saving_and_restore(world: World, tmp_path: Any) -> None:
+    assert world.run(_leaves_no_trace, world.sp_size, str(tmp_path)) == [[True] * 5] * world.sp_size
 
 
 def _two_models_and_a_teacher() -> list[float]:
@@ -258,13 +258,13 @@ class Branching(nn.Module):
         return self.mlp(x * self.alpha if x.shape[0] > 1 else x * 3)
 
 
-def _branches() -> list[float]:
+def _branches(sp_size: int) -> list[float]:
     """Errors of the loss for a batch of two, of one, and after the setting changed."""
     model = make_model("llama")
     layer = model.model.layers[0]
     layer.mlp = Branching(layer.mlp)
     reference = copy.deepcopy(model)
-    transform(model, 4)
+    transform(model, sp_size)
     errors = []
     for batch_size, alpha in ((2, 1.0), (1, 1.0), (2, 5.0)):
         layer.mlp.alpha = reference.model.layers[0].mlp.alpha = alpha
@@ -274,8 +274,8 @@ def _branches() -> list[float]:
     return errors
 
 
-def test_branches_and_settings_are_followed(ranks: RankPool) -> None:
-    for errors in ranks.run(_branches):
+def test_branches_and_settings_are_followed(world: World) -> None:
+    for errors in world.run(_branches, world.sp_size):
         assert max(errors) <= TOLERANCE_F32
 
 
