@@ -121,7 +121,7 @@ def flash_on_cpu() -> Iterator[None]:
     CALLS.clear()
     with ExitStack() as stack:
         for name in LOADED:
-            stack.enter_context(mock.patch.object(flash_utils, name, None))
+            stack.enter_context(mock.patch.object(flash_utils, name, None, create=True))
         stack.enter_context(mock.patch.object(flash_utils, "_lazy_imports", return_value=functions))
         yield
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -45,10 +45,10 @@ class Pattern:
     @property
     def is_plain(self) -> bool:
         """Whether it is causal or nothing, and no more."""
-        words = {**vars(self), "is_causal": None}
-        return all(value is None for value in words.values())
+        return all(getattr(self, name) is None for name in BESIDES_CAUSAL)
 
 
+BESIDES_CAUSAL = tuple(field.name for field in fields(Pattern) if field.name != "is_causal")
 UNKNOWN = Pattern()
 
 
