@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+import transformers
 from rich.console import Console
 from transformers import AutoModelForSeq2SeqLM
 
@@ -130,6 +131,7 @@ def test_outputs_say_how_to_make_them_whole(llama: Any) -> None:
     assert "model.surgery.gather(logits)" in report_of(llama).to_text()
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.18", reason="doge's masks are refused there: see docs/limits.md")
 def test_a_mask_that_is_gathered_is_no_part_of_the_exchange() -> None:
     model = transform(make_model("doge"), 2)
     queries_and_outputs, keys_and_values, float_bytes = 2 * 8 * 8, 2 * 4 * 8, 4
