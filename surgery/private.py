@@ -42,7 +42,7 @@ def all_to_all_runs(x: Tensor, sent: Sequence[int], received: Sequence[int], gro
     """
     if x.is_complex():
         return torch.view_as_complex(all_to_all_runs(torch.view_as_real(x), sent, received, group_name))
-    return _arrived(functional.all_to_all_single_autograd(x, list(received), list(sent), group_name))
+    return _arrived(functional.all_to_all_single_autograd(x.contiguous(), list(received), list(sent), group_name))
 
 
 def all_gather_first_dim(x: Tensor, size: int, group_name: GroupName) -> Tensor:
