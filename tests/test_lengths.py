@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
@@ -111,6 +112,7 @@ def _prove_longrope(sp_size: int) -> Any:
     return prove_batches("phi3", sp_size, batches, **changes)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.18", reason="frequencies of 5.17 are captured once more")
 def test_frequencies_that_depend_on_the_length(world: World) -> None:
     """Of longrope: tensors that it keeps on its module are not the trace's."""
     assert_calls_exact(world.run(_prove_longrope, world.sp_size), 2)

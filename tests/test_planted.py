@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
+from torch import Tensor
 
 from surgery import UnsupportedOperationError, transform
 from surgery.verify.comparison import compare, float_is_double, run_simulated, run_whole
 from surgery.verify.ranks import RankPool
-from tests.planted import ODD_LENGTHS, PLANTED, make_planted
+from tests.planted import ODD_LENGTHS, PLANTED, make_planted, plant
 from tests.proof import assert_exact
 from tests.sampling import sampled
 from tests.zoo import make_batch, make_model
@@ -63,6 +65,20 @@ def _prove_on_four(name: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", ["attention_without_heads", "batch_as_heads"])
 def test_attention_without_heads_on_four_ranks(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(_prove_on_four, name))
+
+
+def test_products_of_three_are_ordered_by_no_sizes() -> None:
+    """Where opt_einsum is installed, torch asks it for the best order, for which it reads sizes as numbers."""
+    model, found = make_model("llama"), []
+
+    def read_setting(x: Tensor, weight: Tensor) -> Tensor:
+        found.append(torch.backends.opt_einsum.enabled)
+        return x * 1.0
+
+    plant(model, read_setting)
+    before = torch.backends.opt_einsum.enabled
+    transform(model, 2)
+    assert found == [False] and torch.backends.opt_einsum.enabled == before
 
 
 @pytest.mark.parametrize("name", ["causal_convolution", "roll", "cumsum", "first_token"])

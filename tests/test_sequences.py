@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -62,6 +63,7 @@ def _count_collectives() -> tuple[dict[str, int], list[int], dict[str, int], lis
     return dict(forward.calls), sizes[0], dict(backward.calls), sizes[1]
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.18", reason="bart of 5.17 draws a number a layer, which ranks share")
 @pytest.mark.usefixtures("fake_ranks")
 def test_cross_attention_sends_queries_and_keys_apart() -> None:
     """Nothing is gathered, and no rank sends a token's head twice: the first all-gather compares the ranks' batches."""

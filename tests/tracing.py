@@ -46,13 +46,14 @@ def trace(function: Callable[..., Any], *shapes: str, dtypes: tuple[torch.dtype,
     types = dtypes or (torch.float64,) * len(shapes)
     examples = tuple(torch.ones(parse_shape(text, EXAMPLE), dtype=t) for text, t in zip(shapes, types, strict=True))
     dynamic = tuple({dim: DIMS[word] for dim, word in enumerate(text.split()) if word in DIMS} for text in shapes)
-    program = torch.export.export(
-        _Function(function),
-        (examples,),
-        dynamic_shapes=(dynamic,),
-        strict=False,
-        prefer_deferred_runtime_asserts_over_guards=True,
-    )
+    with torch.backends.opt_einsum.flags(enabled=False):
+        program = torch.export.export(
+            _Function(function),
+            (examples,),
+            dynamic_shapes=(dynamic,),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
     module = program.graph_module
     assert isinstance(module, fx.GraphModule)
     for index, (node, text) in enumerate(zip(module.graph.find_nodes(op="placeholder"), shapes, strict=True)):

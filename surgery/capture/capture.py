@@ -121,6 +121,7 @@ def _trace(
         stack.enter_context(refuse_custom_backward())
         stack.enter_context(export_patches())
         stack.enter_context(without_fake_tensor_cache())
+        stack.enter_context(torch.backends.opt_einsum.flags(enabled=False))  # it asks for sizes as numbers
         stack.enter_context(refused_specialization(SpecializedError))
         stack.enter_context(told_eager(model) if fallbacks.is_told_eager else nullcontext())
         stack.enter_context(refused_host_randomness(f"the forward of {type(model).__name__}"))

@@ -144,8 +144,14 @@ def float_is_double() -> Iterator[None]:
     """Let `x.float()` keep float64: transformers computes losses, and gemma its norms, in float32 whatever the dtype.
 
     Both models would round to 1e-7 there, in different orders of summation, and hide what a float64 proof is to show.
+    Integers, such as positions, become float32 all the same: transformers multiplies them with float32 frequencies.
     """
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    to_float32 = torch.Tensor.float
+
+    def to_float(x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else to_float32(x)
+
+    with mock.patch.object(torch.Tensor, "float", to_float):
         yield
 
 
