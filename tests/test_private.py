@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 import surgery
-from surgery import private
+from surgery import private, transform
 from surgery.capture.capture import capture
 from surgery.capture.recording_masks import record_mask
 from surgery.engines import hooks_of, is_engine_function, original_class
@@ -314,3 +314,18 @@ def test_fake_tensors_run_modules_of_the_meta_device() -> None:
     with mode:
         found = torch.randn(3, 4, device="meta") @ weight.T
     assert found.shape == (3, 6) and weight.device.type == "meta"
+
+
+def test_modules_that_a_model_holds_twice_are_found() -> None:
+    """torch.export hands those of such a model out in wrappers, which share what the module has."""
+    model = make_model("llama")
+    model.also = model.model.layers[0].self_attn
+    transform(model, 2, on_unknown="refuse")
+    (site,) = model.surgery.programs[0].context.sites
+    assert site.call.path == "model.layers.0.self_attn"
+
+
+def test_fake_tensors_are_not_cached_in_a_trace() -> None:
+    with private.without_fake_tensor_cache():
+        assert not private.FakeTensorMode().cache_enabled
+    assert private.FakeTensorMode().cache_enabled
