@@ -322,7 +322,7 @@ def test_modules_that_a_model_holds_twice_are_found() -> None:
     model.also = model.model.layers[0].self_attn
     transform(model, 2, on_unknown="refuse")
     (site,) = model.surgery.programs[0].context.sites
-    assert site.call.path == "model.layers.0.self_attn"
+    assert site.call.module_path == "model.layers.0.self_attn"
 
 
 def test_fake_tensors_are_not_cached_in_a_trace() -> None:
