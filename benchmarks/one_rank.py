@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(model: Any, length: int, sp_size: int) -> Step | None:
-    """Steps of one rank of `sp_size`, of the model as it is for one; None where they do not fit on the device."""
+    """Steps of one rank of `sp_size`, or of the unsharded model where that is 1; None where they do not fit."""
     ids = torch.randint(CONFIG.vocab_size, (1, length), device=DEVICE)
     try:
         with fake_ranks(sp_size):
@@ -129,6 +129,7 @@ def make_table(title: str, steps: dict[tuple[int, int], Step | None]) -> Table:
         "of unsharded",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
+    last = max(sp_size for _, sp_size in steps)
     for (length, sp_size), step in steps.items():
         whole = steps[length, 1]
         if step is None:
@@ -143,7 +144,7 @@ def make_table(title: str, steps: dict[tuple[int, int], Step | None]) -> Table:
                 )
             )
             cells = [f"{step.activations_gib:.2f} GiB", shares[0], f"{step.seconds:.3f} s", shares[1]]
-        table.add_row(f"{length:,}", "unsharded" if sp_size == 1 else str(sp_size), *cells, end_section=sp_size == 8)
+        table.add_row(f"{length:,}", "unsharded" if sp_size == 1 else str(sp_size), *cells, end_section=sp_size == last)
     return table
 
 

@@ -50,6 +50,13 @@ def written_in_place(x: Tensor, weight: Tensor) -> Tensor:
     return shifted @ weight
 
 
+def written_constant(x: Tensor, weight: Tensor) -> Tensor:
+    scales = torch.tensor([1.0, 2.0])
+    scales *= 2
+    scales[1] += x.shape[1]
+    return x * scales.repeat(x.shape[-1] // 2)
+
+
 def seen_through_dropout(x: Tensor, weight: Tensor) -> Tensor:
     """Dropout that is off is its operand: what is written to one is read from the other."""
     y = x @ weight
@@ -118,6 +125,7 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token_count_scale": lambda x, w: x * x.shape[1],
     "in_place": lambda x, w: (x * 1.0).add_(x.mean(1, keepdim=True)).mul_(2),
     "written_in_place": written_in_place,
+    "written_constant": written_constant,
     "seen_through_dropout": seen_through_dropout,
     "seen_through_einsum": seen_through_einsum,
     "scatter_over_tokens": lambda x, w: x + torch.zeros_like(x).scatter(1, (x > 0).long(), x),

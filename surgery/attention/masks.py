@@ -49,6 +49,7 @@ class Pattern:
 
 
 BESIDES_CAUSAL = tuple(field.name for field in fields(Pattern) if field.name != "is_causal")
+"""Named here because Dynamo of torch 2.11 follows no `vars()`."""
 UNKNOWN = Pattern()
 
 

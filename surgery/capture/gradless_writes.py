@@ -51,7 +51,7 @@ def _check(module: fx.GraphModule, learning: set[fx.Node], *, is_under_no_grad: 
         if node.target in BLOCKS:
             _check_block(module, node, learning, is_under_no_grad)
         for written in written_by(node):
-            base, is_detached = base_of(written)
+            base, is_detached = _base_of(written)
             is_of_outside = is_under_no_grad and base.op == "placeholder"
             has_gradient = not is_under_no_grad and any(x in learning for x in node.all_input_nodes if x is not written)
             is_without = is_detached or _is_gradless_result(base)
@@ -84,7 +84,7 @@ def _is_gradless_result(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and is_gradless(source)
 
 
-def base_of(node: fx.Node) -> tuple[fx.Node, bool]:
+def _base_of(node: fx.Node) -> tuple[fx.Node, bool]:
     """The value that `node` is a view of, and whether one of the views on the way is detached."""
     is_detached = False
     while isinstance(node.args[0] if node.args else None, fx.Node) and is_view(node):
@@ -97,7 +97,7 @@ def is_view(node: fx.Node) -> bool:
     """Whether a result shares the memory of the first operand; what picks one of several views counts, too."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        source = node.args[0]
+        source = node.args[0] if node.args else None
         return isinstance(source, fx.Node) and _is_view_of_several(source)
     return any(result.alias_info is not None for result in target._schema.returns)
 

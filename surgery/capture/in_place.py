@@ -1,15 +1,16 @@
-"""In-place operations become operations that are not: on what nobody looks at until then here, others by torch.
+"""In-place operations become operations that are not. The common case is rewritten here, the rest by torch.
 
     y = mul(x, 2); add_(y, z); v = view(y, ...)    ->   y = mul(x, 2); y1 = add(y, z); v = view(y1, ...)
-    y = mul(x, 2); v = view(y, ...); add_(y, z)    ->   run_decompositions, which traces the graph twice more
-    y = mul(x, 2); v = einsum("ij->ji", y); add_(y, z)  refused: torch takes v for a copy, as its schema says so
+    y = mul(x, 2); v = view(y, ...); add_(y, z)    ->   torch's run_decompositions, which traces the graph twice more
+    y = mul(x, 2); v = einsum("ij->ji", y); add_(y, z)  refused: v sees the write, and torch takes it for a copy
 
-A mixture of experts would need torch's way for one `index_put_`.
+What shares memory is read from the traced values. Schemas say less: `einsum` may give a view, `contiguous` a copy.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,16 +20,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from passes.inline_blocks import inline_all
-from surgery.capture.gradless_writes import base_of, is_view, written_by
+from surgery.capture.gradless_writes import is_view, written_by
 from surgery.errors import CaptureError
 from surgery.metadata import where
 from surgery.private import functionalized
-from surgery.randomness import draws
+from surgery.randomness import RANDOM, draws
 from surgery.rules.table import operation_name
 
 DROPOUTS = ("aten::dropout", "aten::alpha_dropout", "aten::feature_dropout", "aten::feature_alpha_dropout")
 """Their result is their operand itself where they are off, which a trace does not tell."""
-Memory = dict[fx.Node, set[StorageWeakRef]]
+WITHOUT_DERIVATIVE = (torch.ops.aten.copy.default,)
+FRESH = torch.ops.aten.lift_fresh_copy.default
+"""What `torch.tensor(...)` leaves: a copy of a constant, which a trace takes for the constant itself."""
 
 
 def without_writes(program: ExportedProgram) -> ExportedProgram:
@@ -49,83 +52,120 @@ def drop_idle_dropout(graph: fx.Graph) -> None:
     """Put their operands in the place of dropouts that are off."""
     for node in list(graph.nodes):
         is_dropout = isinstance(node.target, torch._ops.OpOverload) and operation_name(node.target) in DROPOUTS
-        if is_dropout and not draws(node.target, node.args, node.kwargs):
+        if is_dropout and RANDOM in node.target.tags and not draws(node.target, node.args, node.kwargs):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
 def refuse_hidden_views(graph: fx.Graph) -> None:
-    """Refuse to write to memory that the result of an operation shares whose schema tells of no view."""
-    memory = _memory(graph)
-    for node in _writes(graph):
-        base, _ = base_of(written_by(node)[0])
-        for other in _sharing(base, memory):
-            if other not in _makers(base) and not is_view(other):
-                raise CaptureError(
-                    f"{where(node)} writes to memory that the result of {where(other)} shares, which torch takes for a "
-                    "copy in a graph. Expected an operation that is not in place, or a clone() of that result."
-                )
+    """Refuse to write to memory that is then read through a view of which no schema tells."""
+    memory = Memory(graph)
+    for write in memory.writes:
+        for view in (view for written in written_by(write) for view in _hidden_views(written, write, memory)):
+            raise CaptureError(
+                f"{where(write)} writes to memory that the result of {where(view)} shares, and torch takes that for a "
+                "copy in a graph. Expected an operation that is not in place, or a clone() of that result."
+            )
 
 
 def write_out_of_place(graph: fx.Graph) -> bool:
     """Rewrite a flat graph's in-place operations; False, with nothing changed, where views see one."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    writes, memory = _writes(graph), _memory(graph)
-    if not all(_is_unseen_until_written(node, memory, place) and _counterpart(node) is not None for node in writes):
-        return False
-    for node in writes:
+    memory = Memory(graph)
+    found: dict[fx.Node, torch._ops.OpOverload] = {}
+    for node in memory.writes:
+        counterpart = _counterpart(node) if _is_unseen_until_written(node, memory) else None
+        if counterpart is None:
+            return False
+        found[node] = counterpart
+    for node, counterpart in found.items():
         (written,) = written_by(node)
         with graph.inserting_after(node):
-            result = graph.call_function(_counterpart(node), node.args, node.kwargs)  # type: ignore[arg-type]
+            result = graph.call_function(counterpart, node.args, node.kwargs)
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
-        for user in [user for user in written.users if place.get(user, -1) > place[node]]:
+        for user in [user for user in written.users if memory.is_before(node, user)]:
             user.replace_input_with(written, result)
         graph.erase_node(node)
     return True
 
 
-def _writes(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if written_by(node)]
+class Memory:
+    """Where the traced values of a graph lie, and in which order its nodes come."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.writes = [node for node in graph.nodes if written_by(node)]
+        self._places = {node: place for place, node in enumerate(graph.nodes)}
+        self._storages = {node: _storages(node) for node in graph.nodes}
+
+    def is_before(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether `one` comes before `other`; nodes that were made later come before none and after none."""
+        return other in self._places and self._places[one] < self._places[other]
+
+    def sharing(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that have memory in common with `node`, itself among them; what made it is the first."""
+        own = self._storages[node]
+        return [other for other, storages in self._storages.items() if storages & own and not _is_copied(other)]
 
 
-def _memory(graph: fx.Graph) -> Memory:
-    """Where the traced values of each node lie."""
-    found = {}
-    for node in graph.nodes:
-        leaves = pytree.tree_leaves(node.meta.get("val"))
-        found[node] = {StorageWeakRef(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, Tensor)}
+def _storages(node: fx.Node) -> set[StorageWeakRef]:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {StorageWeakRef(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _is_copied(node: fx.Node) -> bool:
+    """Whether it is a constant that is read by copies alone."""
+    return node.op != "call_function" and bool(node.users) and all(user.target is FRESH for user in node.users)
+
+
+def _is_made_by(node: fx.Node, maker: fx.Node) -> bool:
+    """Whether it is the operation that made the memory, or one of that operation's several results."""
+    return node is maker or (node.target is operator.getitem and node.args[0] is maker)
+
+
+def _hidden_views(written: fx.Node, write: fx.Node, memory: Memory) -> Iterator[fx.Node]:
+    """The views that no schema tells of, through which a write goes, or what it wrote is read."""
+    sharing = memory.sharing(written)
+    for node in sharing:
+        is_known = _is_made_by(node, sharing[0]) or node.target is FRESH or is_view(node) or bool(written_by(node))
+        if node.op != "call_function" or is_known or not memory.is_before(node, write):
+            continue
+        views = _views_of(node, sharing)
+        if written in views or any(memory.is_before(write, user) for view in views for user in view.users):
+            yield node
+
+
+def _views_of(view: fx.Node, sharing: list[fx.Node]) -> set[fx.Node]:
+    """A view, and the views of it, in memory that `sharing` has, in order."""
+    found = {view}
+    for node in sharing:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
     return found
 
 
-def _sharing(base: fx.Node, memory: Memory) -> list[fx.Node]:
-    return [node for node, its in memory.items() if its & memory[base]]
-
-
-def _makers(base: fx.Node) -> set[Any]:
-    """What made a value: itself, and the operation of several results that it is picked from."""
-    return {base, *(base.args[:1] if base.target is operator.getitem else ())}
-
-
-def _is_unseen_until_written(node: fx.Node, memory: Memory, place: dict[fx.Node, int]) -> bool:
-    """Whether an operation made what `node` writes to, and there is no view of it before the last write to it."""
+def _is_unseen_until_written(node: fx.Node, memory: Memory) -> bool:
+    """Whether an operation made what `node` writes to, and views of it come after the last write to it."""
     (written, *others) = written_by(node)
-    base, is_detached = base_of(written)
-    is_made = base.op == "call_function" and bool(memory[base])
-    sharing = [other for other in _sharing(base, memory) if other not in _makers(base)]
-    last = max(place[other] for other in sharing if written_by(other))
-    views_follow = all(place[other] > last for other in sharing if not written_by(other))
-    return is_made and not is_detached and not others and views_follow
+    sharing = memory.sharing(written)
+    if others or node not in sharing:
+        return False
+    maker = sharing[0]
+    if maker.op != "call_function" or is_view(maker):
+        return False
+    writes = [other for other in sharing if written_by(other)]
+    views = [other for other in sharing if not _is_made_by(other, maker) and other not in writes]
+    return all(memory.is_before(writes[-1], view) for view in views)
 
 
 def _counterpart(node: fx.Node) -> torch._ops.OpOverload | None:
-    """The operation that gives what `node` writes, of the same type; None where there is none."""
+    """The operation that gives what `node` writes, of the same type and with a derivative; None where there is none."""
     target: Any = node.target
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     found: Any = getattr(packet, target._overloadname, None)
     if not target._schema.name.endswith("_") or found is None or found._schema.is_mutable:
         return None
-    if [a.name for a in found._schema.arguments] != [a.name for a in target._schema.arguments]:
+    has_same_arguments = [a.name for a in found._schema.arguments] == [a.name for a in target._schema.arguments]
+    if found in WITHOUT_DERIVATIVE or not has_same_arguments:
         return None
     args, kwargs = pytree.tree_map_only(fx.Node, lambda source: source.meta["val"], (node.args, node.kwargs))
     written: Tensor = node.meta["val"]

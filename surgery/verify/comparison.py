@@ -148,8 +148,8 @@ def float_is_double() -> Iterator[None]:
     """
     to_float32 = torch.Tensor.float
 
-    def to_float(x: Tensor) -> Tensor:
-        return x.double() if x.is_floating_point() else to_float32(x)
+    def to_float(x: Tensor, **options: Any) -> Tensor:
+        return x.double(**options) if x.is_floating_point() else to_float32(x, **options)
 
     with mock.patch.object(torch.Tensor, "float", to_float):
         yield
