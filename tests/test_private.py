@@ -317,12 +317,12 @@ def test_fake_tensors_run_modules_of_the_meta_device() -> None:
 
 
 def test_modules_that_a_model_holds_twice_are_found() -> None:
-    """torch.export hands those of such a model out in wrappers, which share what the module has."""
-    model = make_model("llama")
-    model.also = model.model.layers[0].self_attn
+    """torch.export hands those of such a model out in wrappers, which share what the module has, and names slices."""
+    model = make_model("llama", num_hidden_layers=2)
+    model.also = model.model.layers[1].self_attn
     transform(model, 2, on_unknown="refuse")
-    (site,) = model.surgery.programs[0].context.sites
-    assert site.call.module_path == "model.layers.0.self_attn"
+    _, site = model.surgery.programs[0].context.sites
+    assert site.call.module_path == site.module_path == "model.layers.1.self_attn"
 
 
 def test_fake_tensors_are_not_cached_in_a_trace() -> None:

@@ -7,6 +7,7 @@ branches, fallbacks            a branch on data is followed on one side; what do
 culprits, opaque, learning     modules that no trace can follow are found, made one node, and learnt by running
 opaque_calls                   the calls of those as data
 buffer_writes                  what a forward writes to buffers, left out where it is no state
+in_place                       operations in place become operations that are not
 
 What a trace would lose without a word is refused by `custom_backward`, `linearity`, `gradless_writes` and
 `host_randomness`.

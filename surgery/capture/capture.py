@@ -29,7 +29,7 @@ from surgery.capture.branches import Sides, describe_branches
 from surgery.capture.buffer_writes import drop_buffer_writes
 from surgery.capture.culprits import find_place, trace_around
 from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
-from surgery.capture.exporting import export_model, specs_by_name
+from surgery.capture.exporting import export_model, name_modules_by_index, specs_by_name
 from surgery.capture.fallbacks import Fallbacks
 from surgery.capture.gradless_writes import refuse_gradless_writes, written_by
 from surgery.capture.host_randomness import refused_host_randomness
@@ -130,6 +130,7 @@ def _trace(
         stack.enter_context(_flat_forward(model, signature, recording, sizes))
         try:
             program, ranges = export_model(model, signature, example, fallbacks)
+            name_modules_by_index(_nodes(program))
             refuse_gradless_writes(program)
             if any(written_by(node) for node in _nodes(program)):
                 program = without_writes(program)

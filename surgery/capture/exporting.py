@@ -6,8 +6,11 @@ fails: "sequence = Dim('sequence', max=512)"  ->  asked again within that bound
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import InputSpec
@@ -20,6 +23,7 @@ DIM_NAMES = {"s": "sequence", "t": "decoder_sequence"}
 EXAMPLE_COUNT = 3
 """The size, in an example, of a dimension that has its own length on every call."""
 MOST_REFINEMENTS = 4
+SLICED = re.compile(r"\.slice\((None|\d+), [^,]*, (None|\d+)\)\.(\d+)")
 
 
 def export_model(
@@ -51,6 +55,23 @@ def export_model(
         else:
             return program, dims
     raise AssertionError("the last refinement either returns or raises")
+
+
+def name_modules_by_index(nodes: Iterable[fx.Node]) -> None:
+    """Let nodes say that they were traced in `layers.3` where they say `layers.slice(1, 4, None).2`.
+
+    torch.export does, of a model that holds a module twice, and loops over a part of a list of modules.
+    """
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if any(SLICED.search(path) for path, _ in stack.values()):
+            indexed = {key: (SLICED.sub(_index, path), kind) for key, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = indexed
+
+
+def _index(part: re.Match[str]) -> str:
+    start, step = (default if text == "None" else int(text) for text, default in ((part[1], 0), (part[2], 1)))
+    return f".{start + step * int(part[3])}"
 
 
 def specs_by_name(program: ExportedProgram) -> dict[str, InputSpec]:
