@@ -114,6 +114,7 @@ def _prove_compiled(sp_size: int) -> dict[str, float]:
     return compare(model, sp_size, make_batch(2, 31), run=compiled)
 
 
+@pytest.mark.sweep
 def test_compiled_with_more_ranks_than_heads(world: World) -> None:
     assert_exact(world.run(_prove_compiled, world.sp_size))
 

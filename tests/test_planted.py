@@ -31,6 +31,7 @@ ALIKE = {
     "mean_of_all",
     "one_number_per_batch",
     "roll_flat",
+    "seen_through_einsum",
     "shift_by_slice",
     "softmax_over_tokens",
     "sum_then_divide",
