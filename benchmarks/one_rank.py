@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from surgery import restore, transform
 DEVICE = "cuda"
 GIB = 2**30
 REPEATS = 3
+HEADINGS = ("tokens", "ranks", "above weights, gradients", "of unsharded", "forward + backward", "of unsharded")
 CONFIG = LlamaConfig(
     vocab_size=32_000,
     hidden_size=2048,
@@ -76,14 +77,8 @@ def measure(model: Any, length: int, sp_size: int) -> Step | None:
     """Steps of one rank of `sp_size`, or of the unsharded model where that is 1; None where they do not fit."""
     ids = torch.randint(CONFIG.vocab_size, (1, length), device=DEVICE)
     try:
-        with fake_ranks(sp_size):
-            if sp_size > 1:
-                transform(model, sp_size, check_inputs="never", example={"input_ids": ids, "labels": ids})
-            try:
-                return run_steps(model, ids)
-            finally:
-                if sp_size > 1:
-                    restore(model)
+        with sharded(model, sp_size, ids) if sp_size > 1 else nullcontext():
+            return run_steps(model, ids)
     except torch.OutOfMemoryError:
         return None
     finally:
@@ -107,45 +102,38 @@ def run_steps(model: Any, ids: torch.Tensor) -> Step:
 
 
 @contextmanager
-def fake_ranks(sp_size: int) -> Iterator[None]:
-    if sp_size == 1:
-        yield
-        return
+def sharded(model: Any, sp_size: int, ids: torch.Tensor) -> Iterator[None]:
+    """Within the block the model is that of the first of `sp_size` ranks, of which the others do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=sp_size)
     try:
-        yield
+        transform(model, sp_size, check_inputs="never", example={"input_ids": ids, "labels": ids})
+        try:
+            yield
+        finally:
+            restore(model)
     finally:
         dist.destroy_process_group()
 
 
 def make_table(title: str, steps: dict[tuple[int, int], Step | None]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in (
-        "tokens",
-        "ranks",
-        "above weights, gradients",
-        "of unsharded",
-        "forward + backward",
-        "of unsharded",
-    ):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     last = max(sp_size for _, sp_size in steps)
     for (length, sp_size), step in steps.items():
-        whole = steps[length, 1]
-        if step is None:
-            cells = ["out of memory", "", "", ""]
-        else:
-            shares = (
-                ("", "")
-                if whole is None
-                else (
-                    f"{step.activations_gib / whole.activations_gib:.3f}",
-                    f"{step.seconds / whole.seconds:.3f}",
-                )
-            )
-            cells = [f"{step.activations_gib:.2f} GiB", shares[0], f"{step.seconds:.3f} s", shares[1]]
-        table.add_row(f"{length:,}", "unsharded" if sp_size == 1 else str(sp_size), *cells, end_section=sp_size == last)
+        name = "unsharded" if sp_size == 1 else str(sp_size)
+        table.add_row(f"{length:,}", name, *make_cells(step, steps[length, 1]), end_section=sp_size == last)
     return table
+
+
+def make_cells(step: Step | None, whole: Step | None) -> list[str]:
+    if step is None:
+        return ["out of memory"]
+    memory, duration = f"{step.activations_gib:.2f} GiB", f"{step.seconds:.3f} s"
+    if whole is None:
+        return [memory, "", duration]
+    share = f"{step.activations_gib / whole.activations_gib:.3f}"
+    return [memory, share, duration, f"{step.seconds / whole.seconds:.3f}"]
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from torch import Tensor, fx
 
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
-from surgery.randomness import draws
+from surgery.randomness import RANDOM, draws
 from surgery.rules.call import bind_arguments
 from surgery.rules.table import operation_name
 from surgery.shapes import shape_of
+
+DROPOUTS = ("aten::dropout", "aten::alpha_dropout", "aten::feature_dropout", "aten::feature_alpha_dropout")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,18 @@ def keeps_type(node: fx.Node) -> bool:
     return not is_copy and before.dtype == after.dtype and before.device == after.device
 
 
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether it is a dropout of any kind that is off: its result is its operand, which a trace does not tell."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or operation_name(target) not in DROPOUTS:
+        return False
+    return RANDOM in target.tags and not draws(target, node.args, node.kwargs)
+
+
 NO_OPS: dict[str, Callable[[fx.Node], bool]] = {
     "aten::_assert_tensor_metadata": lambda node: not node.users,
     "aten::alias": lambda node: True,
-    "aten::dropout": lambda node: not draws(node.target, node.args, node.kwargs),
+    "aten::dropout": is_idle_dropout,
     "aten::expand": _keeps_shape,
     "aten::slice": lambda node: _keeps_shape(node) and bind_arguments(node)["step"] == 1,
     "aten::to": keeps_type,

@@ -101,7 +101,7 @@ LEFT: dict[str, Function] = {
     "a copy that its schema calls a view": lambda x, y: _then(
         made := x * y, made.mul_(2), copy := made.t().contiguous(), seen := copy.view(-1), copy.add_(1), seen.sin()
     ),
-    "a cast": lambda x, y: _then(made := x * y, made.mul_(2), cast := made.float(), cast[:, :2].add_(1), cast),
+    "a cast": lambda x, y: _then(made := x * y, made.mul_(2), cast := made.double(), cast[:, :2].add_(1), cast),
     "what keeps its type": lambda x, y: _then(made := x.half() * 1, made.add_(y), made.float()),
     "what has no derivative": lambda x, y: _then(made := torch.empty_like(x), made.copy_(y * 2), made.sin()),
     "several": lambda x, y: _then(made := x * y, torch._foreach_mul_([made], 2.0), made.sin()),

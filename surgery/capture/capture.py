@@ -49,12 +49,7 @@ from surgery.capture.trace_settings import (
 from surgery.errors import CaptureError, UnsupportedOperationError
 from surgery.inputs.signature import Signature
 from surgery.metadata import Skip, where
-from surgery.private import (
-    export_patches,
-    refused_specialization,
-    told_eager,
-    without_fake_tensor_cache,
-)
+from surgery.private import export_patches, refused_specialization, told_eager, without_fake_tensor_cache
 from surgery.shapes import Lengths, to_expr
 
 _captures = itertools.count()

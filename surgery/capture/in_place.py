@@ -10,6 +10,7 @@ What shares memory is read from the traced values. Schemas say less: `einsum` ma
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,16 +21,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from passes.inline_blocks import inline_all
+from passes.remove_no_ops import is_idle_dropout
 from surgery.capture.gradless_writes import is_view, written_by
 from surgery.errors import CaptureError
 from surgery.metadata import where
 from surgery.private import functionalized
-from surgery.randomness import RANDOM, draws
-from surgery.rules.table import operation_name
 
-DROPOUTS = ("aten::dropout", "aten::alpha_dropout", "aten::feature_dropout", "aten::feature_alpha_dropout")
-"""Their result is their operand itself where they are off, which a trace does not tell."""
 WITHOUT_DERIVATIVE = (torch.ops.aten.copy.default,)
+"""Left to `functionalized`, which writes it in operations that have one."""
 FRESH = torch.ops.aten.lift_fresh_copy.default
 """What `torch.tensor(...)` leaves: a copy of a constant, which a trace takes for the constant itself."""
 
@@ -51,8 +50,7 @@ def without_writes(program: ExportedProgram) -> ExportedProgram:
 def drop_idle_dropout(graph: fx.Graph) -> None:
     """Put their operands in the place of dropouts that are off."""
     for node in list(graph.nodes):
-        is_dropout = isinstance(node.target, torch._ops.OpOverload) and operation_name(node.target) in DROPOUTS
-        if is_dropout and RANDOM in node.target.tags and not draws(node.target, node.args, node.kwargs):
+        if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -96,6 +94,10 @@ class Memory:
         self.writes = [node for node in graph.nodes if written_by(node)]
         self._places = {node: place for place, node in enumerate(graph.nodes)}
         self._storages = {node: _storages(node) for node in graph.nodes}
+        self._by_storage: dict[StorageWeakRef, list[fx.Node]] = defaultdict(list)
+        for node, storages in self._storages.items():
+            for storage in storages if not _is_copied(node) else ():
+                self._by_storage[storage].append(node)
 
     def is_before(self, one: fx.Node, other: fx.Node) -> bool:
         """Whether `one` comes before `other`; nodes that were made later come before none and after none."""
@@ -103,8 +105,8 @@ class Memory:
 
     def sharing(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that have memory in common with `node`, itself among them; what made it is the first."""
-        own = self._storages[node]
-        return [other for other, storages in self._storages.items() if storages & own and not _is_copied(other)]
+        found = {other for storage in self._storages[node] for other in self._by_storage[storage]}
+        return sorted(found, key=self._places.__getitem__)
 
 
 def _storages(node: fx.Node) -> set[StorageWeakRef]:
