@@ -27,8 +27,8 @@ class Calling(nn.Module):
 
 
 def export(function: Function) -> ExportedProgram:
-    """The program of a function of x [b, 4] and y [b, 4], with what it writes in place."""
-    dims = {0: torch.export.Dim("b")}
+    """The program of a function of x [b, 4] and y [b, 4], b at least 3, with what it writes in place."""
+    dims = {0: torch.export.Dim("b", min=3)}
     inputs = (torch.ones(3, 4), torch.ones(3, 4))
     return torch.export.export(Calling(function), inputs, dynamic_shapes=(dims, dims), strict=False)
 
@@ -80,9 +80,44 @@ def of_a_tuple(x: Tensor, y: Tensor) -> Tensor:
     return values + places
 
 
+def to_parts(x: Tensor, y: Tensor) -> Tensor:
+    made = x * y
+    made[:, :2].add_(1)
+    made[1:][:, 2] = y[:1, 3] * 2
+    made[0].fill_(3)
+    made *= x
+    return made.sin()
+
+
+def to_parts_taken_before(x: Tensor, y: Tensor) -> Tensor:
+    made = x * y
+    first, rest = made[:, 0], made[:, 1:]
+    rest.mul_(x[:, 1:])
+    made.add_(1)
+    first.copy_(made[:, 2].clone())
+    return made.sin()
+
+
+def shifted(x: Tensor, y: Tensor) -> Tensor:
+    made = x * y
+    last = made[:, -1].clone()
+    made[:, 1:] = made[:, :-1].clone()
+    made[:, 0] = last
+    return made * y
+
+
 @pytest.mark.parametrize(
     "function",
-    [with_index, between_reads, with_later_views, seen_by_einsum_afterwards, of_a_tuple],
+    [
+        with_index,
+        between_reads,
+        with_later_views,
+        seen_by_einsum_afterwards,
+        of_a_tuple,
+        to_parts,
+        to_parts_taken_before,
+        shifted,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_values_and_gradients_are_those_of_the_code(function: Function) -> None:
@@ -97,7 +132,12 @@ def test_values_and_gradients_are_those_of_the_code(function: Function) -> None:
 
 LEFT: dict[str, Function] = {
     "a view of it is read": lambda x, y: _then(made := x * y, seen := made.view(-1), made.add_(1), seen.sin()),
-    "through a view": lambda x, y: _then(made := x * y, made[:, :2].add_(1), made),
+    "through a view": lambda x, y: _then(made := x * y, made.view(-1).add_(1), made),
+    "a part of it is read": lambda x, y: _then(made := x * y, part := made[:, :2], part.add_(1), part.sin()),
+    "what was written to a part is read": lambda x, y: _then(
+        made := x * y, written := made[:, :2].add_(1), made.add_(1), written.sin()
+    ),
+    "a part of another type": lambda x, y: _then(made := x * y, made[:, :2].copy_(y[:, :2].double()), made.sin()),
     "a copy that its schema calls a view": lambda x, y: _then(
         made := x * y, made.mul_(2), copy := made.t().contiguous(), seen := copy.view(-1), copy.add_(1), seen.sin()
     ),
@@ -116,11 +156,10 @@ def _then(*values: Any) -> Tensor:
 @pytest.mark.parametrize("name", LEFT)
 def test_what_views_see_is_left_to_torch(name: str) -> None:
     program = export(LEFT[name])
-    before = program.graph_module.print_readable(print_output=False)
+    before = sorted(node.name for node in program.graph.nodes)
     refuse_hidden_views(program.graph)
     assert not write_out_of_place(program.graph)
-    program.graph_module.recompile()
-    assert program.graph_module.print_readable(print_output=False) == before
+    assert sorted(node.name for node in program.graph.nodes) == before
     assert_alike(LEFT[name], without_writes(program).module())
 
 

@@ -1,6 +1,7 @@
 """In-place operations become operations that are not. The common case is rewritten here, the rest by torch.
 
     y = mul(x, 2); add_(y, z); v = view(y, ...)    ->   y = mul(x, 2); y1 = add(y, z); v = view(y1, ...)
+    y = zeros(...); w = y[:, 1:]; copy_(w, z)      ->   y = zeros(...); y1 = slice_scatter(y, z, 1, 1)
     y = mul(x, 2); v = view(y, ...); add_(y, z)    ->   torch's run_decompositions, which traces the graph twice more
     y = mul(x, 2); v = einsum("ij->ji", y); add_(y, z)  refused: v sees the write, and torch takes it for a copy
 
@@ -27,8 +28,13 @@ from surgery.errors import CaptureError
 from surgery.metadata import where
 from surgery.private import functionalized
 
-WITHOUT_DERIVATIVE = (torch.ops.aten.copy.default,)
-"""Left to `functionalized`, which writes it in operations that have one."""
+COPY = torch.ops.aten.copy_.default
+"""Its counterpart has no derivative. To a part, it is `expand_as`; to a whole, it is left to `functionalized`."""
+SCATTERS: dict[Any, Any] = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+}
+"""What picks a part of a tensor, and what gives the tensor with that part replaced."""
 FRESH = torch.ops.aten.lift_fresh_copy.default
 """What `torch.tensor(...)` leaves: a copy of a constant, which a trace takes for the constant itself."""
 
@@ -67,7 +73,8 @@ def refuse_hidden_views(graph: fx.Graph) -> None:
 
 
 def write_out_of_place(graph: fx.Graph) -> bool:
-    """Rewrite a flat graph's in-place operations; False, with nothing changed, where views see one."""
+    """Rewrite a flat graph's in-place operations; False, with nothing rewritten, where views see one."""
+    _move_parts_to_their_writes(graph)
     memory = Memory(graph)
     found: dict[fx.Node, torch._ops.OpOverload] = {}
     for node in memory.writes:
@@ -76,15 +83,49 @@ def write_out_of_place(graph: fx.Graph) -> bool:
             return False
         found[node] = counterpart
     for node, counterpart in found.items():
-        (written,) = written_by(node)
-        with graph.inserting_after(node):
-            result = graph.call_function(counterpart, node.args, node.kwargs)
-        result.meta = dict(node.meta)
+        whole, result = _whole(node), _write_to_copy(node, counterpart)
         node.replace_all_uses_with(result)
-        for user in [user for user in written.users if memory.is_before(node, user)]:
-            user.replace_input_with(written, result)
+        for user in [user for user in whole.users if memory.is_before(node, user)]:
+            user.replace_input_with(whole, result)
         graph.erase_node(node)
     return True
+
+
+def _write_to_copy(write: fx.Node, counterpart: torch._ops.OpOverload) -> fx.Node:
+    """What an operation writes to as it is afterwards, in front of the operation."""
+    parts = _parts(write)
+    arguments = write.args[::-1] if write.target is COPY else write.args
+    with write.graph.inserting_before(write):
+        result = write.graph.call_function(counterpart, arguments, write.kwargs)
+        result.meta = dict(write.meta)
+        for part in parts:
+            source, *rest = part.args
+            result = write.graph.call_function(SCATTERS[part.target], (source, result, *rest), part.kwargs)
+            result.meta = {**write.meta, "val": part.all_input_nodes[0].meta["val"]}
+    return result
+
+
+def _move_parts_to_their_writes(graph: fx.Graph) -> None:
+    """Take a part of a tensor where it is written to, so that it is taken of what the tensor is by then."""
+    for node in graph.nodes:
+        for part in reversed(_parts(node)) if written_by(node) else ():
+            node.prepend(part)
+
+
+def _parts(write: fx.Node) -> list[fx.Node]:
+    """The parts of parts of a tensor that are taken to write to the smallest of them, which comes first."""
+    parts: list[fx.Node] = []
+    user, written = write, written_by(write)[0]
+    while written.target in SCATTERS and list(written.users) == [user]:
+        parts.append(written)
+        user, written = written, written.all_input_nodes[0]
+    return parts
+
+
+def _whole(write: fx.Node) -> fx.Node:
+    """What an operation writes to, of which its parts are taken."""
+    parts = _parts(write)
+    return parts[-1].all_input_nodes[0] if parts else written_by(write)[0]
 
 
 class Memory:
@@ -146,32 +187,45 @@ def _views_of(view: fx.Node, sharing: list[fx.Node]) -> set[fx.Node]:
 
 
 def _is_unseen_until_written(node: fx.Node, memory: Memory) -> bool:
-    """Whether an operation made what `node` writes to, and views of it come after the last write to it."""
-    (written, *others) = written_by(node)
-    sharing = memory.sharing(written)
-    if others or node not in sharing:
+    """Whether an operation made what `node` writes to, and no view of it is read after a write that it comes before."""
+    whole, sharing = _whole(node), memory.sharing(node)
+    is_read_as_part = bool(_parts(node) and node.users)
+    if len(written_by(node)) > 1 or whole not in sharing or is_read_as_part:
         return False
     maker = sharing[0]
     if maker.op != "call_function" or is_view(maker):
         return False
     writes = [other for other in sharing if written_by(other)]
-    views = [other for other in sharing if not _is_made_by(other, maker) and other not in writes]
-    return all(memory.is_before(writes[-1], view) for view in views)
+    own = {*writes, *(part for write in writes for part in _parts(write))}
+    views = [other for other in sharing if not _is_made_by(other, maker) and other not in own]
+    return all(_is_read_in_time(view, writes, memory) for view in views)
+
+
+def _is_read_in_time(view: fx.Node, writes: list[fx.Node], memory: Memory) -> bool:
+    """Whether what reads a view does so before the next write, and sees what the view was taken of."""
+    following = next((write for write in writes if memory.is_before(view, write)), None)
+    return following is None or all(memory.is_before(user, following) for user in view.users)
 
 
 def _counterpart(node: fx.Node) -> torch._ops.OpOverload | None:
     """The operation that gives what `node` writes, of the same type and with a derivative; None where there is none."""
     target: Any = node.target
+    written: Tensor = node.meta["val"]
+    if target is COPY:
+        is_to_part = bool(_parts(node)) and len(node.args) == 2
+        is_plain = is_to_part and _is_alike(node.all_input_nodes[-1].meta["val"], written)
+        return torch.ops.aten.expand_as.default if is_plain else None
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     found: Any = getattr(packet, target._overloadname, None)
     if not target._schema.name.endswith("_") or found is None or found._schema.is_mutable:
         return None
-    has_same_arguments = [a.name for a in found._schema.arguments] == [a.name for a in target._schema.arguments]
-    if found in WITHOUT_DERIVATIVE or not has_same_arguments:
+    if [a.name for a in found._schema.arguments] != [a.name for a in target._schema.arguments]:
         return None
     args, kwargs = pytree.tree_map_only(fx.Node, lambda source: source.meta["val"], (node.args, node.kwargs))
-    written: Tensor = node.meta["val"]
     with written.fake_mode:  # type: ignore[attr-defined]
         result = found(*args, **kwargs)
-    is_alike = isinstance(result, Tensor) and result.dtype == written.dtype and result.device == written.device
-    return found if is_alike else None
+    return found if _is_alike(result, written) else None
+
+
+def _is_alike(value: Any, other: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dtype == other.dtype and value.device == other.device
