@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree as pytree
 
 from surgery import CaptureError, UnsupportedOperationError, restore, transform
+from surgery.capture import culprits
 from surgery.capture.learning import learn_results
 from surgery.capture.opaque_calls import Arguments, TensorSpec
 from surgery.verify.comparison import compare, relative_error
@@ -143,6 +144,13 @@ def test_named_in_the_report() -> None:
     assert record.changed == 1 and "Loop" in record.skips[0].path
     assert "self.model.layers" in model.surgery.programs[0].code
     restore(model)
+
+
+def test_what_was_found_once_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = transform(make_opaque(Loop), 4)
+    monkeypatch.setattr(culprits.Search, "advance", lambda *_: pytest.fail("searched again"))
+    model.eval().surgery.prepare(**make_batch(2, 32))
+    assert [call.module_class for call in model.surgery.programs[-1].context.opaque_calls] == ["Loop"]
 
 
 S, B = sympy.Symbol("s", integer=True, positive=True), sympy.Symbol("b", integer=True, positive=True)

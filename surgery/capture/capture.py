@@ -27,7 +27,7 @@ from passes.inline_blocks import AUTOCAST, SET_GRAD
 from surgery.attention.recorded import RecordedCall, RecordedMask, Recording
 from surgery.capture.branches import Sides, describe_branches
 from surgery.capture.buffer_writes import drop_buffer_writes
-from surgery.capture.culprits import find_place, trace_around
+from surgery.capture.culprits import ModuleClass, find_place, trace_around
 from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
 from surgery.capture.exporting import export_model, name_modules_by_index, specs_by_name
 from surgery.capture.fallbacks import Fallbacks
@@ -78,11 +78,18 @@ class Capture:
     sides: Sides = ()
 
 
-def capture(model: nn.Module, signature: Signature, example: tuple[int, ...], sides: Sides | None = None) -> Capture:
+def capture(
+    model: nn.Module,
+    signature: Signature,
+    example: tuple[int, ...],
+    sides: Sides | None,
+    opaque: dict[ModuleClass, str],
+) -> Capture:
     """Trace `model` for `signature` with `torch.export` on an example of these sizes: B sequences of S tokens (and T).
 
     An example of one is captured for just that size: torch.export specializes ones. Modules that cannot be traced
-    become opaque (`opaque.py`). `sides` are those to take of branches on data (`branches.py`).
+    become opaque (`opaque.py`): `opaque` has the classes that did for other signatures, with reasons, and gets those
+    that do for this one. `sides` are those to take of branches on data (`branches.py`).
 
     Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
     """
@@ -91,7 +98,7 @@ def capture(model: nn.Module, signature: Signature, example: tuple[int, ...], si
     fallbacks = Fallbacks(sides)
     while True:
         try:
-            captured, attempts = trace_around(model, partial(_trace, model, signature, example, fallbacks))
+            captured, attempts = trace_around(model, partial(_trace, model, signature, example, fallbacks), opaque)
         except CaptureError as error:
             if not fallbacks.advance(error):
                 raise

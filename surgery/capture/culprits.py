@@ -80,27 +80,43 @@ class Search:
         return False
 
     @property
+    def called(self) -> dict[ModuleClass, str]:
+        """The classes that the last trace called whole, and why."""
+        names = {call.module_class for call in self.opaque.calls}
+        return {kind: why for kind, why in self.opaque.reasons.items() if kind.__name__ in names}
+
+    @property
     def attempts(self) -> tuple[Skip, ...]:
         """What the report says of the search."""
-        called = {call.module_class for call in self.opaque.calls}
-        taken = [
-            Skip(kind.__name__, f"called whole, not traced: {why}")
-            for kind, why in self.opaque.reasons.items()
-            if kind.__name__ in called
-        ]
+        taken = [Skip(kind.__name__, f"called whole, not traced: {why}") for kind, why in self.called.items()]
         tried = [Skip(kind.__name__, f"tried whole: {why}") for kind, why in self.rejected.items()]
         return (*taken, *tried)
 
 
-def trace_around(model: nn.Module, trace: Callable[[OpaqueModules], T]) -> tuple[T, tuple[Skip, ...]]:
+def trace_around(
+    model: nn.Module, trace: Callable[[OpaqueModules], T], known: dict[ModuleClass, str]
+) -> tuple[T, tuple[Skip, ...]]:
     """`trace(opaque)` with as few opaque modules as it needs, and what was tried on the way.
+
+    It begins with those that are `known` from other traces of the model, and adds to them what it needs.
 
     Raises the first `CaptureError`, extended by what was tried, where no choice of modules helps.
     """
-    search, first = Search(OpaqueModules(model)), None
+    try:
+        search, traced = _trace_from(Search(OpaqueModules(model, dict(known))), trace)
+    except CaptureError:
+        if not known:
+            raise
+        search, traced = _trace_from(Search(OpaqueModules(model)), trace)
+    known |= search.called
+    return traced, search.attempts
+
+
+def _trace_from(search: Search, trace: Callable[[OpaqueModules], T]) -> tuple[Search, T]:
+    first = None
     for _ in range(MOST_ATTEMPTS):
         try:
-            return trace(search.opaque), search.attempts
+            return search, trace(search.opaque)
         except UnlearnedError as request:
             search.learn(request)
         except CaptureError as error:

@@ -54,13 +54,14 @@ class Programs:
         self.images = images
         self.captured: list[Program] = []
         self.constants = types.SimpleNamespace()
+        self._opaque: dict[type[nn.Module], str] = {}
         self._key = f"programs {next(_keys)}"
         self._find_while_compiling = make_constant_finder(self)
 
     def copied_for(self, model: nn.Module, mesh: SequenceMesh | None, images: ImageMerger) -> Programs:
         """The same programs for a copy of the model."""
         twin = Programs(model, self.options, mesh, images)
-        twin.captured, twin.constants = list(self.captured), self.constants
+        twin.captured, twin.constants, twin._opaque = list(self.captured), self.constants, dict(self._opaque)
         return twin
 
     @property
@@ -137,7 +138,7 @@ class Programs:
 
     def _capture(self, signature: Signature, example: tuple[int, ...], sides: Sides | None) -> Capture:
         try:
-            return capture(self.model, signature, example, sides)
+            return capture(self.model, signature, example, sides, self._opaque)
         except CaptureError as error:
             reason = self.images.why_unmerged(signature)
             if reason is None:
