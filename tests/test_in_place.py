@@ -133,6 +133,10 @@ def test_values_and_gradients_are_those_of_the_code(function: Function) -> None:
 LEFT: dict[str, Function] = {
     "a view of it is read": lambda x, y: _then(made := x * y, seen := made.view(-1), made.add_(1), seen.sin()),
     "through a view": lambda x, y: _then(made := x * y, made.view(-1).add_(1), made),
+    "through a part of a view": lambda x, y: _then(made := x * y, made.view(-1)[2:].add_(1), made.sin()),
+    "through a part of one of several views": lambda x, y: _then(
+        made := (x * 9).long(), made.chunk(2, -1)[0][:, :1].fill_(3), made * y
+    ),
     "a part of it is read": lambda x, y: _then(made := x * y, part := made[:, :2], part.add_(1), part.sin()),
     "what was written to a part is read": lambda x, y: _then(
         made := x * y, written := made[:, :2].add_(1), made.add_(1), written.sin()

@@ -39,6 +39,16 @@ def test_encoder_decoder_on_four_ranks(ranks: RankPool, name: str) -> None:
     assert_exact(ranks.run(prove_head, AutoModelForSeq2SeqLM, name, 4))
 
 
+def _prove_short_targets(num_tokens: int, sp_size: int) -> dict[str, float]:
+    batch = {"input_ids": make_batch(3, 21)["input_ids"], "labels": make_batch(3, num_tokens)["input_ids"]}
+    return compare(make_model("t5", auto=AutoModelForSeq2SeqLM), sp_size, batch)
+
+
+@pytest.mark.parametrize("num_tokens", [2, pytest.param(1, marks=pytest.mark.sweep)])
+def test_targets_of_one_token_or_two(world: World, num_tokens: int) -> None:
+    assert_exact(world.run(_prove_short_targets, num_tokens, world.sp_size))
+
+
 def _prove_single_sequences() -> dict[str, float]:
     """Of a classifier without a padding token, which takes one sequence at a time: the default example has two."""
     model = make_model("llama", auto=AutoModelForSequenceClassification)

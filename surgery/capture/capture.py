@@ -47,7 +47,7 @@ from surgery.capture.trace_settings import (
     without_saving,
 )
 from surgery.errors import CaptureError, UnsupportedOperationError
-from surgery.inputs.signature import Signature
+from surgery.inputs.signature import SHORTEST, Signature
 from surgery.metadata import Skip, where
 from surgery.private import export_patches, refused_specialization, told_eager, without_fake_tensor_cache
 from surgery.shapes import Lengths, to_expr
@@ -149,16 +149,17 @@ def _trace(
     refuse_nonlinear_operators(program.graph)
     drop_buffer_writes(program, may_be_read=bool(opaque.reasons))
     captured = _to_capture(program, signature)
-    captured.assumptions += _bounds(captured.batch, ranges["b"]) if captured.batch is not None else []
+    captured.assumptions += _bounds(captured.batch, ranges["b"], 2) if captured.batch is not None else []
     for letter, length in zip(signature.letters, captured.lengths, strict=True):
-        captured.assumptions += _bounds(length, ranges[letter])
+        captured.assumptions += _bounds(length, ranges[letter], SHORTEST[letter])
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
     return captured
 
 
-def _bounds(size: sympy.Symbol, dim: Dim) -> list[sympy.Basic]:
-    lower = [sympy.Ge(size, dim.min)] if dim.min else []
+def _bounds(size: sympy.Symbol, dim: Dim, least: int) -> list[sympy.Basic]:
+    """What is asked of a size besides that it is no less than `least`, which signatures see to."""
+    lower = [sympy.Ge(size, dim.min)] if dim.min > least else []
     return [*lower, sympy.Le(size, dim.max)] if isinstance(dim.max, int) else lower
 
 

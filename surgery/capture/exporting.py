@@ -16,12 +16,10 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.export.graph_signature import InputSpec
 
 from surgery.capture.fallbacks import Fallbacks
-from surgery.inputs.signature import Signature, TensorInput
+from surgery.inputs.signature import SHORTEST, Signature, TensorInput
 from surgery.private import UserError
 
 DIM_NAMES = {"s": "sequence", "t": "decoder_sequence"}
-SHIFTED = {"t": 3}
-"""The length from which a decoder's sequence less one token, its labels shifted, is no sequence of one."""
 EXAMPLE_COUNT = 3
 """The size, in an example, of a dimension that has its own length on every call."""
 MOST_REFINEMENTS = 4
@@ -39,7 +37,7 @@ def export_model(
     sizes = dict(zip(("b", *signature.letters), example, strict=True))
     examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
     dims = {"b": Dim("batch"), "n": Dim("count")}
-    dims |= {letter: _sequence(letter, sizes[letter]) for letter in signature.letters}
+    dims |= {letter: Dim(DIM_NAMES[letter], min=SHORTEST[letter]) for letter in signature.letters}
     for remaining in reversed(range(MOST_REFINEMENTS)):
         try:
             with fallbacks.follow():
@@ -57,12 +55,6 @@ def export_model(
         else:
             return program, dims
     raise AssertionError("the last refinement either returns or raises")
-
-
-def _sequence(letter: str, length: int) -> Dim:
-    """A sequence's length, within the bounds that torch.export would ask for in most models."""
-    least = SHIFTED.get(letter, 0)
-    return Dim(DIM_NAMES[letter], min=least if least <= length else 0)
 
 
 def name_modules_by_index(nodes: Iterable[fx.Node]) -> None:

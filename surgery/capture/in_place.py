@@ -193,7 +193,8 @@ def _is_unseen_until_written(node: fx.Node, memory: Memory) -> bool:
     if len(written_by(node)) > 1 or whole not in sharing or is_read_as_part:
         return False
     maker = sharing[0]
-    if maker.op != "call_function" or is_view(maker):
+    is_whole = _is_made_by(whole, maker) or bool(written_by(whole))
+    if maker.op != "call_function" or is_view(maker) or not is_whole:
         return False
     writes = [other for other in sharing if written_by(other)]
     own = {*writes, *(part for write in writes for part in _parts(write))}

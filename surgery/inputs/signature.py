@@ -17,6 +17,8 @@ SEQUENCES = {
     "t": ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
 }
 """The arguments that tell the length of the sequence (an encoder's, if there is a decoder), and of the decoder's."""
+SHORTEST = {"s": 2, "t": 3}
+"""The least length that is a sequence's: torch.export fixes ones, and labels are shifted by a token for a decoder."""
 SCALAR_INPUTS = frozenset({"num_items_in_batch", "max_length_q", "max_length_k"})
 COUNTED_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 """Inputs of one dimension that has its own length on every call: the ends of documents, of which there are many."""
@@ -84,7 +86,7 @@ class BoundCall:
     @property
     def sizes(self) -> tuple[int, ...]:
         """The batch size and the lengths, as plain numbers: what a graph is captured with."""
-        return int(self.batch_size), *(int(length) for length in self.lengths.values() if length != 1)
+        return int(self.batch_size), *(int(n) for letter, n in self.lengths.items() if n >= SHORTEST[letter])
 
     @property
     def kind(self) -> tuple[TensorInputs, Constants]:
@@ -180,13 +182,14 @@ def describe_tensor(name: str, tensor: Tensor, batch_size: int, lengths: Mapping
     """Which of a tensor's dimensions vary from call to call. Whose length a dimension is, its argument's name says.
 
     A batch of one is a signature of its own: models may branch on it, and torch.export takes any other for two or more.
-    The same goes for a decoder's sequence of one token.
+    The same goes for a decoder's sequence of one token or two.
     """
     if name in COUNTED_INPUTS and tensor.ndim == 1:
         return TensorInput(name, tensor.dtype, tensor.device, ("n",))
     letter = "t" if "t" in lengths and (name.startswith("decoder_") or name == "labels") else "s"
     length = None if name.startswith(FIXED_INPUTS) else lengths.get(letter)
-    dims: list[str | int] = [int(size) if size != length or length == 1 else letter for size in tensor.shape]
+    is_fixed = length is None or length < SHORTEST[letter]
+    dims: list[str | int] = [int(size) if size != length or is_fixed else letter for size in tensor.shape]
     is_sample = tensor.ndim == 1 and name in SAMPLE_INPUTS
     if tensor.ndim > 1 or is_sample:
         is_of_axes = name == "position_ids" and tensor.ndim > 2 and tensor.shape[1] in (1, batch_size)
