@@ -149,8 +149,20 @@ def test_named_in_the_report() -> None:
 def test_what_was_found_once_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = transform(make_opaque(Loop), 4)
     monkeypatch.setattr(culprits.Search, "advance", lambda *_: pytest.fail("searched again"))
-    model.eval().surgery.prepare(**make_batch(2, 32))
+    model.surgery.prepare(**make_batch(1, 32))
     assert [call.module_class for call in model.surgery.programs[-1].context.opaque_calls] == ["Loop"]
+
+
+class LoopInTraining(Loop):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.training else torch.as_tensor(self.inner(x))
+
+
+def test_what_is_traced_in_eval_mode_is_so_after_training() -> None:
+    model = transform(make_opaque(LoopInTraining), 4)
+    assert model.surgery.programs[0].context.opaque_calls
+    model.eval().surgery.prepare(**make_batch(2, 32))
+    assert not model.surgery.programs[-1].context.opaque_calls
 
 
 S, B = sympy.Symbol("s", integer=True, positive=True), sympy.Symbol("b", integer=True, positive=True)

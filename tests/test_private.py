@@ -184,7 +184,7 @@ def _captured(name: str) -> fx.Graph:
     batch = {key: value.to("meta") for key, value in make_batch(2, 16).items()}
     call = bind_call(inspect.signature(model.forward), (), batch)
     signature = Signature(call.kind[0], (), True, None, 0)
-    return capture(model, signature, (2, 16), sides=None, opaque={}).graph
+    return capture(model, signature, (2, 16), sides=None, known={}).graph
 
 
 def test_export_says_so_when_a_length_is_fixed() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,8 +61,8 @@ class Capture:
 
     `lengths`, `batch`: the symbols of its sizes. `assumptions`: conditions on them under which the trace holds.
     `constants`: tensors that the trace made, by a name that no other capture has. `calls`, `masks`, `opaque_calls`: the
-    records, by the numbers that nodes carry. `attempts`: what was tried to get through, for the report. `sides`: those
-    taken of the model's branches on data, in order.
+    records, by the numbers that nodes carry. `attempts`: what was tried to get through, for the report.
+    `opaque_classes`: those of the opaque calls, and why. `sides`: those taken of the model's branches on data.
     """
 
     graph: fx.Graph
@@ -75,6 +75,7 @@ class Capture:
     masks: list[RecordedMask] = field(default_factory=list)
     opaque_calls: tuple[OpaqueCall, ...] = ()
     attempts: tuple[Skip, ...] = ()
+    opaque_classes: dict[ModuleClass, str] = field(default_factory=dict)
     sides: Sides = ()
 
 
@@ -83,13 +84,13 @@ def capture(
     signature: Signature,
     example: tuple[int, ...],
     sides: Sides | None,
-    opaque: dict[ModuleClass, str],
+    known: Mapping[ModuleClass, str],
 ) -> Capture:
     """Trace `model` for `signature` with `torch.export` on an example of these sizes: B sequences of S tokens (and T).
 
     An example of one is captured for just that size: torch.export specializes ones. Modules that cannot be traced
-    become opaque (`opaque.py`): `opaque` has the classes that did for other signatures, with reasons, and gets those
-    that do for this one. `sides` are those to take of branches on data (`branches.py`).
+    become opaque (`opaque.py`), first the classes that are `known` to need it from other signatures, and why. `sides`
+    are those to take of branches on data (`branches.py`).
 
     Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
     """
@@ -98,12 +99,13 @@ def capture(
     fallbacks = Fallbacks(sides)
     while True:
         try:
-            captured, attempts = trace_around(model, partial(_trace, model, signature, example, fallbacks), opaque)
+            captured, search = trace_around(model, partial(_trace, model, signature, example, fallbacks), known)
         except CaptureError as error:
             if not fallbacks.advance(error):
                 raise
         else:
-            captured.attempts = (*attempts, *describe_branches(captured.graph))
+            captured.attempts = (*search.attempts, *describe_branches(captured.graph))
+            captured.opaque_classes = search.called_whole
             return captured
 
 
@@ -151,14 +153,14 @@ def _trace(
     captured = _to_capture(program, signature)
     captured.assumptions += _bounds(captured.batch, ranges["b"], 2) if captured.batch is not None else []
     for letter, length in zip(signature.letters, captured.lengths, strict=True):
-        captured.assumptions += _bounds(length, ranges[letter], SHORTEST[letter])
+        captured.assumptions += _bounds(length, ranges[letter], SHORTEST[letter] if len(captured.lengths) > 1 else 2)
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
     return captured
 
 
 def _bounds(size: sympy.Symbol, dim: Dim, least: int) -> list[sympy.Basic]:
-    """What is asked of a size besides that it is no less than `least`, which signatures see to."""
+    """What a program asks of a size; that it is `least` or more, its signature asks already."""
     lower = [sympy.Ge(size, dim.min)] if dim.min > least else []
     return [*lower, sympy.Le(size, dim.max)] if isinstance(dim.max, int) else lower
 

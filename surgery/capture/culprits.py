@@ -10,7 +10,7 @@ only at its end that the length is fixed, and not by whom, the modules of the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -80,7 +80,7 @@ class Search:
         return False
 
     @property
-    def called(self) -> dict[ModuleClass, str]:
+    def called_whole(self) -> dict[ModuleClass, str]:
         """The classes that the last trace called whole, and why."""
         names = {call.module_class for call in self.opaque.calls}
         return {kind: why for kind, why in self.opaque.reasons.items() if kind.__name__ in names}
@@ -88,35 +88,32 @@ class Search:
     @property
     def attempts(self) -> tuple[Skip, ...]:
         """What the report says of the search."""
-        taken = [Skip(kind.__name__, f"called whole, not traced: {why}") for kind, why in self.called.items()]
+        taken = [Skip(kind.__name__, f"called whole, not traced: {why}") for kind, why in self.called_whole.items()]
         tried = [Skip(kind.__name__, f"tried whole: {why}") for kind, why in self.rejected.items()]
         return (*taken, *tried)
 
 
 def trace_around(
-    model: nn.Module, trace: Callable[[OpaqueModules], T], known: dict[ModuleClass, str]
-) -> tuple[T, tuple[Skip, ...]]:
-    """`trace(opaque)` with as few opaque modules as it needs, and what was tried on the way.
-
-    It begins with those that are `known` from other traces of the model, and adds to them what it needs.
+    model: nn.Module, trace: Callable[[OpaqueModules], T], known: Mapping[ModuleClass, str]
+) -> tuple[T, Search]:
+    """`trace(opaque)`, and how it went, with the `known` opaque modules, or with as few as it needs.
 
     Raises the first `CaptureError`, extended by what was tried, where no choice of modules helps.
     """
     try:
-        search, traced = _trace_from(Search(OpaqueModules(model, dict(known))), trace)
+        return _trace_from(Search(OpaqueModules(model, dict(known))), trace)
     except CaptureError:
         if not known:
             raise
-        search, traced = _trace_from(Search(OpaqueModules(model)), trace)
-    known |= search.called
-    return traced, search.attempts
+    return _trace_from(Search(OpaqueModules(model)), trace)
 
 
-def _trace_from(search: Search, trace: Callable[[OpaqueModules], T]) -> tuple[Search, T]:
+def _trace_from(search: Search, trace: Callable[[OpaqueModules], T]) -> tuple[T, Search]:
+    """Trace until it goes through, each time with what the last failure suggests."""
     first = None
     for _ in range(MOST_ATTEMPTS):
         try:
-            return search, trace(search.opaque)
+            return trace(search.opaque), search
         except UnlearnedError as request:
             search.learn(request)
         except CaptureError as error:

@@ -37,7 +37,7 @@ def export_model(
     sizes = dict(zip(("b", *signature.letters), example, strict=True))
     examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
     dims = {"b": Dim("batch"), "n": Dim("count")}
-    dims |= {letter: Dim(DIM_NAMES[letter], min=SHORTEST[letter]) for letter in signature.letters}
+    dims |= {letter: Dim(DIM_NAMES[letter], min=min(SHORTEST[letter], sizes[letter])) for letter in signature.letters}
     for remaining in reversed(range(MOST_REFINEMENTS)):
         try:
             with fallbacks.follow():

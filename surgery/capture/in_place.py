@@ -2,7 +2,8 @@
 
     y = mul(x, 2); add_(y, z); v = view(y, ...)    ->   y = mul(x, 2); y1 = add(y, z); v = view(y1, ...)
     y = zeros(...); w = y[:, 1:]; copy_(w, z)      ->   y = zeros(...); y1 = slice_scatter(y, z, 1, 1)
-    y = mul(x, 2); v = view(y, ...); add_(y, z)    ->   torch's run_decompositions, which traces the graph twice more
+    y = mul(x, 2); y[:, 1:] += z, or v = view(y, ...); add_(y, z); sin(v)
+                                                   ->   torch's run_decompositions, which traces the graph twice more
     y = mul(x, 2); v = einsum("ij->ji", y); add_(y, z)  refused: v sees the write, and torch takes it for a copy
 
 What shares memory is read from the traced values. Schemas say less: `einsum` may give a view, `contiguous` a copy.
@@ -29,7 +30,7 @@ from surgery.metadata import where
 from surgery.private import functionalized
 
 COPY = torch.ops.aten.copy_.default
-"""Its counterpart has no derivative. To a part, it is `expand_as`; to a whole, it is left to `functionalized`."""
+"""`copy` has no derivative. Written to a part, it becomes `expand_as`; to a whole tensor, it is left to torch."""
 SCATTERS: dict[Any, Any] = {
     torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
     torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
@@ -73,47 +74,53 @@ def refuse_hidden_views(graph: fx.Graph) -> None:
 
 
 def write_out_of_place(graph: fx.Graph) -> bool:
-    """Rewrite a flat graph's in-place operations; False, with nothing rewritten, where views see one."""
-    _move_parts_to_their_writes(graph)
+    """Rewrite a flat graph's in-place operations; False, with nothing changed, where that is left to torch."""
     memory = Memory(graph)
     found: dict[fx.Node, torch._ops.OpOverload] = {}
     for node in memory.writes:
-        counterpart = _counterpart(node) if _is_unseen_until_written(node, memory) else None
+        counterpart = _counterpart(node) if _can_be_rewritten(node, memory) else None
         if counterpart is None:
             return False
         found[node] = counterpart
+    latest: dict[StorageWeakRef, fx.Node] = {}
     for node, counterpart in found.items():
-        whole, result = _whole(node), _write_to_copy(node, counterpart)
-        node.replace_all_uses_with(result)
+        parts, storage = _written_parts(node), memory.storage(node)
+        whole = latest.get(storage, _whole(node))
+        latest[storage] = _value_after(node, whole, counterpart)
+        node.replace_all_uses_with(latest[storage])
         for user in [user for user in whole.users if memory.is_before(node, user)]:
-            user.replace_input_with(whole, result)
-        graph.erase_node(node)
+            user.replace_input_with(whole, latest[storage])
+        for unused in (node, *parts):
+            graph.erase_node(unused)
     return True
 
 
-def _write_to_copy(write: fx.Node, counterpart: torch._ops.OpOverload) -> fx.Node:
-    """What an operation writes to as it is afterwards, in front of the operation."""
-    parts = _parts(write)
-    arguments = write.args[::-1] if write.target is COPY else write.args
-    with write.graph.inserting_before(write):
-        result = write.graph.call_function(counterpart, arguments, write.kwargs)
-        result.meta = dict(write.meta)
-        for part in parts:
-            source, *rest = part.args
-            result = write.graph.call_function(SCATTERS[part.target], (source, result, *rest), part.kwargs)
-            result.meta = {**write.meta, "val": part.all_input_nodes[0].meta["val"]}
+def _value_after(write: fx.Node, whole: fx.Node, counterpart: torch._ops.OpOverload) -> fx.Node:
+    """Insert, before a write, the value of the whole tensor after it. Parts are taken of what the tensor is by then."""
+    parts, graph = _written_parts(write), write.graph
+
+    def insert(target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        node = graph.call_function(target, args, kwargs)
+        node.meta = {**write.meta, "val": value}
+        return node
+
+    with graph.inserting_before(write):
+        sources = [whole]
+        for part in reversed(parts):
+            sources.append(insert(part.target, (sources[-1], *part.args[1:]), part.kwargs, part.meta["val"]))
+        own = dict(zip(parts, sources[:0:-1], strict=True))
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda node: own.get(node, node), (write.args, write.kwargs))
+        if write.target is COPY:  # copy_(part, source) gives expand_as(source, part)
+            args = args[::-1]
+        result = insert(counterpart, args, kwargs, write.meta["val"])
+        for part, source in zip(parts, sources[-2::-1], strict=True):
+            given = (source, result, *part.args[1:])
+            result = insert(SCATTERS[part.target], given, part.kwargs, source.meta["val"])
     return result
 
 
-def _move_parts_to_their_writes(graph: fx.Graph) -> None:
-    """Take a part of a tensor where it is written to, so that it is taken of what the tensor is by then."""
-    for node in graph.nodes:
-        for part in reversed(_parts(node)) if written_by(node) else ():
-            node.prepend(part)
-
-
-def _parts(write: fx.Node) -> list[fx.Node]:
-    """The parts of parts of a tensor that are taken to write to the smallest of them, which comes first."""
+def _written_parts(write: fx.Node) -> list[fx.Node]:
+    """The slices and selections made only to be written to, innermost first."""
     parts: list[fx.Node] = []
     user, written = write, written_by(write)[0]
     while written.target in SCATTERS and list(written.users) == [user]:
@@ -123,8 +130,8 @@ def _parts(write: fx.Node) -> list[fx.Node]:
 
 
 def _whole(write: fx.Node) -> fx.Node:
-    """What an operation writes to, of which its parts are taken."""
-    parts = _parts(write)
+    """The tensor that a write changes, or changes parts of."""
+    parts = _written_parts(write)
     return parts[-1].all_input_nodes[0] if parts else written_by(write)[0]
 
 
@@ -143,6 +150,11 @@ class Memory:
     def is_before(self, one: fx.Node, other: fx.Node) -> bool:
         """Whether `one` comes before `other`; nodes that were made later come before none and after none."""
         return other in self._places and self._places[one] < self._places[other]
+
+    def storage(self, write: fx.Node) -> StorageWeakRef:
+        """What an in-place operation of one tensor writes to."""
+        (storage,) = self._storages[write]
+        return storage
 
     def sharing(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that have memory in common with `node`, itself among them; what made it is the first."""
@@ -186,24 +198,23 @@ def _views_of(view: fx.Node, sharing: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _is_unseen_until_written(node: fx.Node, memory: Memory) -> bool:
+def _can_be_rewritten(node: fx.Node, memory: Memory) -> bool:
     """Whether an operation made what `node` writes to, and no view of it is read after a write that it comes before."""
-    whole, sharing = _whole(node), memory.sharing(node)
-    is_read_as_part = bool(_parts(node) and node.users)
-    if len(written_by(node)) > 1 or whole not in sharing or is_read_as_part:
+    whole, sharing, parts = _whole(node), memory.sharing(node), _written_parts(node)
+    if len(written_by(node)) > 1 or whole not in sharing or (parts and node.users):
         return False
     maker = sharing[0]
-    is_whole = _is_made_by(whole, maker) or bool(written_by(whole))
-    if maker.op != "call_function" or is_view(maker) or not is_whole:
+    is_no_view = _is_made_by(whole, maker) or bool(written_by(whole))
+    if maker.op != "call_function" or is_view(maker) or not is_no_view:
         return False
     writes = [other for other in sharing if written_by(other)]
-    own = {*writes, *(part for write in writes for part in _parts(write))}
-    views = [other for other in sharing if not _is_made_by(other, maker) and other not in own]
+    known = {*writes, *(part for write in writes for part in _written_parts(write))}
+    views = [other for other in sharing if not _is_made_by(other, maker) and other not in known]
     return all(_is_read_in_time(view, writes, memory) for view in views)
 
 
 def _is_read_in_time(view: fx.Node, writes: list[fx.Node], memory: Memory) -> bool:
-    """Whether what reads a view does so before the next write, and sees what the view was taken of."""
+    """Whether all reads of a view come before the next write, so that it shows the value that it was taken of."""
     following = next((write for write in writes if memory.is_before(view, write)), None)
     return following is None or all(memory.is_before(user, following) for user in view.users)
 
@@ -211,11 +222,10 @@ def _is_read_in_time(view: fx.Node, writes: list[fx.Node], memory: Memory) -> bo
 def _counterpart(node: fx.Node) -> torch._ops.OpOverload | None:
     """The operation that gives what `node` writes, of the same type and with a derivative; None where there is none."""
     target: Any = node.target
-    written: Tensor = node.meta["val"]
     if target is COPY:
-        is_to_part = bool(_parts(node)) and len(node.args) == 2
-        is_plain = is_to_part and _is_alike(node.all_input_nodes[-1].meta["val"], written)
-        return torch.ops.aten.expand_as.default if is_plain else None
+        return _counterpart_of_copy(node)
+    if torch.Tag.inplace_view in target.tags:  # t_() and the like: parts that were taken before are of another shape
+        return None
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
     found: Any = getattr(packet, target._overloadname, None)
     if not target._schema.name.endswith("_") or found is None or found._schema.is_mutable:
@@ -223,9 +233,18 @@ def _counterpart(node: fx.Node) -> torch._ops.OpOverload | None:
     if [a.name for a in found._schema.arguments] != [a.name for a in target._schema.arguments]:
         return None
     args, kwargs = pytree.tree_map_only(fx.Node, lambda source: source.meta["val"], (node.args, node.kwargs))
+    written: Tensor = node.meta["val"]
     with written.fake_mode:  # type: ignore[attr-defined]
         result = found(*args, **kwargs)
     return found if _is_alike(result, written) else None
+
+
+def _counterpart_of_copy(node: fx.Node) -> torch._ops.OpOverload | None:
+    is_blocking = len(node.args) == 2 and not node.kwargs
+    if not _written_parts(node) or not is_blocking:
+        return None
+    is_alike = _is_alike(node.all_input_nodes[-1].meta["val"], node.meta["val"])
+    return torch.ops.aten.expand_as.default if is_alike else None
 
 
 def _is_alike(value: Any, other: Tensor) -> bool:

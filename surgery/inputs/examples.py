@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.inputs.signature import SAMPLE_INPUTS
+from surgery.inputs.signature import SAMPLE_INPUTS, SHORTEST
 
 DEFAULT_EXAMPLE_BATCH_SIZE = 2
 DEFAULT_EXAMPLE_LENGTH = 64
@@ -32,7 +32,7 @@ SPECTROGRAM = "input_features"
 def example_lengths(length: int | None) -> tuple[int, int]:
     """The lengths of the two sequences of an example, which differ so that a trace can tell them apart."""
     first = length or DEFAULT_EXAMPLE_LENGTH
-    second = max(3 * first // 4, 2)
+    second = max(3 * first // 4, SHORTEST["t"])
     return first, second if second != first else first + 1
 
 

@@ -18,7 +18,10 @@ SEQUENCES = {
 }
 """The arguments that tell the length of the sequence (an encoder's, if there is a decoder), and of the decoder's."""
 SHORTEST = {"s": 2, "t": 3}
-"""The least length that is a sequence's: torch.export fixes ones, and labels are shifted by a token for a decoder."""
+"""The shortest length that varies beside another; shorter ones get a signature each.
+
+torch.export fixes ones, and labels that are shifted for a decoder lose a token.
+"""
 SCALAR_INPUTS = frozenset({"num_items_in_batch", "max_length_q", "max_length_k"})
 COUNTED_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 """Inputs of one dimension that has its own length on every call: the ends of documents, of which there are many."""
@@ -86,7 +89,7 @@ class BoundCall:
     @property
     def sizes(self) -> tuple[int, ...]:
         """The batch size and the lengths, as plain numbers: what a graph is captured with."""
-        return int(self.batch_size), *(int(n) for letter, n in self.lengths.items() if n >= SHORTEST[letter])
+        return int(self.batch_size), *(int(length) for length in varying(self.lengths).values())
 
     @property
     def kind(self) -> tuple[TensorInputs, Constants]:
@@ -173,6 +176,12 @@ def find_sequences(tensors: Mapping[str, Tensor], *, has_decoder: bool) -> dict[
     return found
 
 
+def varying(lengths: Mapping[str, int]) -> dict[str, int]:
+    """Those of a call's lengths that vary from call to call: a decoder's that is alone does from two tokens."""
+    is_alone = lengths.get("s", 1) < SHORTEST["s"]
+    return {letter: length for letter, length in lengths.items() if length >= (2 if is_alone else SHORTEST[letter])}
+
+
 def sequence_dim(tensor: Tensor) -> int:
     """Where tokens lie: [B, S] ids, [B, S, H] embeddings, [B, choices, S] ids of a multiple choice."""
     return 1 if tensor.is_floating_point() else tensor.ndim - 1
@@ -182,13 +191,13 @@ def describe_tensor(name: str, tensor: Tensor, batch_size: int, lengths: Mapping
     """Which of a tensor's dimensions vary from call to call. Whose length a dimension is, its argument's name says.
 
     A batch of one is a signature of its own: models may branch on it, and torch.export takes any other for two or more.
-    The same goes for a decoder's sequence of one token or two.
+    The same goes for sequences that are too short to vary.
     """
     if name in COUNTED_INPUTS and tensor.ndim == 1:
         return TensorInput(name, tensor.dtype, tensor.device, ("n",))
     letter = "t" if "t" in lengths and (name.startswith("decoder_") or name == "labels") else "s"
     length = None if name.startswith(FIXED_INPUTS) else lengths.get(letter)
-    is_fixed = length is None or length < SHORTEST[letter]
+    is_fixed = letter not in varying(lengths)
     dims: list[str | int] = [int(size) if size != length or is_fixed else letter for size in tensor.shape]
     is_sample = tensor.ndim == 1 and name in SAMPLE_INPUTS
     if tensor.ndim > 1 or is_sample:

@@ -18,6 +18,7 @@ from surgery.attention.recorded import DOCUMENT_ENDS
 from surgery.axis import Axis
 from surgery.capture.branches import OtherBranchError, Sides
 from surgery.capture.capture import Capture, capture
+from surgery.capture.culprits import ModuleClass
 from surgery.engine_checks import check_engine
 from surgery.engines import hooked_modules
 from surgery.errors import CaptureError
@@ -54,14 +55,14 @@ class Programs:
         self.images = images
         self.captured: list[Program] = []
         self.constants = types.SimpleNamespace()
-        self._opaque: dict[type[nn.Module], str] = {}
+        self._opaque: dict[bool, dict[ModuleClass, str]] = {True: {}, False: {}}
         self._key = f"programs {next(_keys)}"
         self._find_while_compiling = make_constant_finder(self)
 
     def copied_for(self, model: nn.Module, mesh: SequenceMesh | None, images: ImageMerger) -> Programs:
         """The same programs for a copy of the model."""
         twin = Programs(model, self.options, mesh, images)
-        twin.captured, twin.constants, twin._opaque = list(self.captured), self.constants, dict(self._opaque)
+        twin.captured, twin.constants = list(self.captured), self.constants
         return twin
 
     @property
@@ -134,11 +135,13 @@ class Programs:
         run_pipeline(SEQUENCE_PARALLEL, captured.graph, context)
         for name, value in captured.constants.items():
             setattr(self.constants, name, value)
-        return build_program(captured, signature, context, find_cuts(self.model))
+        program = build_program(captured, signature, context, find_cuts(self.model))
+        self._opaque[signature.is_training] |= captured.opaque_classes
+        return program
 
     def _capture(self, signature: Signature, example: tuple[int, ...], sides: Sides | None) -> Capture:
         try:
-            return capture(self.model, signature, example, sides, self._opaque)
+            return capture(self.model, signature, example, sides, self._opaque[signature.is_training])
         except CaptureError as error:
             reason = self.images.why_unmerged(signature)
             if reason is None:
