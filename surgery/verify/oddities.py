@@ -9,7 +9,7 @@ CONVOLVED = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
 STARTED = {"decoder_start_token_id": 0}
 
 ODDITIES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
+    "bamba": {"attn_layer_indices": [1], "mamba_d_head": "auto"},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
     "dbrx_attention": {"rope_theta": 10000.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -27,7 +27,7 @@ ODDITIES: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
         "attention_layers": ["global", "local"],
     },
-    "granitemoehybrid": MIXED,
+    "granitemoehybrid": {**MIXED, "mamba_d_head": "auto"},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -35,7 +35,7 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "lfm2_moe": CONVOLVED,
     "longcat_flash": {"qk_head_dim": 24, "head_dim": 8},
     "longt5": STARTED,
-    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "perceiver": {"max_position_embeddings": 32, "num_latents": 8},
