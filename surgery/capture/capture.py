@@ -47,7 +47,7 @@ from surgery.capture.trace_settings import (
     without_saving,
 )
 from surgery.errors import CaptureError, UnsupportedOperationError
-from surgery.inputs.signature import SHORTEST, Signature
+from surgery.inputs.signature import SMALLEST, Signature, shortest
 from surgery.metadata import Skip, where
 from surgery.private import export_patches, refused_specialization, told_eager, without_fake_tensor_cache
 from surgery.shapes import Lengths, to_expr
@@ -151,9 +151,10 @@ def _trace(
     refuse_nonlinear_operators(program.graph)
     drop_buffer_writes(program, may_be_read=bool(opaque.reasons))
     captured = _to_capture(program, signature)
-    captured.assumptions += _bounds(captured.batch, ranges["b"], 2) if captured.batch is not None else []
+    captured.assumptions += _bounds(captured.batch, ranges["b"], SMALLEST) if captured.batch is not None else []
+    is_alone = len(captured.lengths) == 1
     for letter, length in zip(signature.letters, captured.lengths, strict=True):
-        captured.assumptions += _bounds(length, ranges[letter], SHORTEST[letter] if len(captured.lengths) > 1 else 2)
+        captured.assumptions += _bounds(length, ranges[letter], shortest(letter, is_alone=is_alone))
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
     return captured

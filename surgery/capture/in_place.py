@@ -105,15 +105,16 @@ def _value_after(write: fx.Node, whole: fx.Node, counterpart: torch._ops.OpOverl
         return node
 
     with graph.inserting_before(write):
-        sources = [whole]
+        anew: dict[fx.Node, fx.Node] = {}
+        source = whole
         for part in reversed(parts):
-            sources.append(insert(part.target, (sources[-1], *part.args[1:]), part.kwargs, part.meta["val"]))
-        own = dict(zip(parts, sources[:0:-1], strict=True))
-        args, kwargs = pytree.tree_map_only(fx.Node, lambda node: own.get(node, node), (write.args, write.kwargs))
+            source = anew[part] = insert(part.target, (source, *part.args[1:]), part.kwargs, part.meta["val"])
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda node: anew.get(node, node), (write.args, write.kwargs))
         if write.target is COPY:  # copy_(part, source) gives expand_as(source, part)
             args = args[::-1]
         result = insert(counterpart, args, kwargs, write.meta["val"])
-        for part, source in zip(parts, sources[-2::-1], strict=True):
+        for part in parts:
+            source = anew[part].all_input_nodes[0]
             given = (source, result, *part.args[1:])
             result = insert(SCATTERS[part.target], given, part.kwargs, source.meta["val"])
     return result

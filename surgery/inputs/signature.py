@@ -17,11 +17,10 @@ SEQUENCES = {
     "t": ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
 }
 """The arguments that tell the length of the sequence (an encoder's, if there is a decoder), and of the decoder's."""
-SHORTEST = {"s": 2, "t": 3}
-"""The shortest length that varies beside another; shorter ones get a signature each.
-
-torch.export fixes ones, and labels that are shifted for a decoder lose a token.
-"""
+SMALLEST = 2
+"""The smallest size that varies from call to call: torch.export fixes ones."""
+SHORTEST = {"s": SMALLEST, "t": 3}
+"""The same of a sequence beside another: labels that are shifted for a decoder lose a token."""
 SCALAR_INPUTS = frozenset({"num_items_in_batch", "max_length_q", "max_length_k"})
 COUNTED_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 """Inputs of one dimension that has its own length on every call: the ends of documents, of which there are many."""
@@ -177,9 +176,14 @@ def find_sequences(tensors: Mapping[str, Tensor], *, has_decoder: bool) -> dict[
 
 
 def varying(lengths: Mapping[str, int]) -> dict[str, int]:
-    """Those of a call's lengths that vary from call to call: a decoder's that is alone does from two tokens."""
+    """Those of a call's lengths that vary from call to call; shorter ones get a signature each."""
     is_alone = lengths.get("s", 1) < SHORTEST["s"]
-    return {letter: length for letter, length in lengths.items() if length >= (2 if is_alone else SHORTEST[letter])}
+    return {letter: n for letter, n in lengths.items() if n >= shortest(letter, is_alone=is_alone)}
+
+
+def shortest(letter: str, *, is_alone: bool) -> int:
+    """The shortest length of a sequence that varies, beside another one or alone."""
+    return SMALLEST if is_alone else SHORTEST[letter]
 
 
 def sequence_dim(tensor: Tensor) -> int:
