@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import (
@@ -23,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.distributed_c10d import GroupName as GroupName
 from torch.distributed.fsdp import FSDPModule
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode as GuardOnDataDependentSymNode
 from torch.nn.attention import flex_attention as flex_attention_module
@@ -185,6 +186,14 @@ def functionalized(program: ExportedProgram) -> ExportedProgram:
 def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """What `aten.copy` gives, in operations that have a derivative: it has none itself in torch 2.11 to 2.13."""
     return source.to(destination).expand_as(destination)
+
+
+def residue_of(dim: Dim) -> tuple[int, int]:
+    """`(4, 1)` for a size of `4 * Dim("k") + 1` or of `4 * Dim("k") - 3`, and `(1, 0)` for one of any other kind."""
+    if type(dim) is Dim:
+        return 1, 0
+    first, second = (int(dim.fn(sympy.Integer(i))) for i in range(2))  # type: ignore[attr-defined]
+    return second - first, first % (second - first)
 
 
 def is_idle_hook(hook: Callable[..., Any]) -> bool:

@@ -1,8 +1,13 @@
-"""Symbolic sizes: one captured graph serves every batch size `b` and all sequence lengths, `s` and a decoder's `t`."""
+"""Symbolic sizes: one captured graph serves every batch size `b` and all sequence lengths, `s` and a decoder's `t`.
+
+Where a graph serves every fourth length, torch calls the length `4*k`. Here it is `s` all the same, and `k` is `s/4`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -14,9 +19,28 @@ Shape = tuple[sympy.Expr, ...]
 Lengths = tuple[sympy.Symbol, ...]
 
 
+_lengths_by_root: WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = WeakKeyDictionary()
+"""For each trace (its `ShapeEnv`), what the symbols are that it has in the place of lengths: `{k: s/4}`."""
+
+
 def to_expr(size: int | torch.SymInt) -> sympy.Expr:
     """The sympy expression of a size; a plain integer becomes `sympy.Integer`."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return condition_of(size) if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def condition_of(value: torch.SymInt | torch.SymBool) -> Any:
+    """The sympy expression of a size, or of a truth about sizes."""
+    return value.node.expr.subs(_lengths_by_root.get(value.node.shape_env, {}))
+
+
+def name_length(size: torch.SymInt) -> None:
+    """Let a length that a trace calls `4*k + 1` be a symbol: sizes of the same trace are told by it from now on."""
+    expr = to_expr(size)
+    if isinstance(expr, sympy.Symbol):
+        return
+    (root,) = expr.free_symbols
+    length = sympy.Symbol(f"{root}_length", integer=True, positive=True)
+    _lengths_by_root.setdefault(size.node.shape_env, {})[root] = sympy.solve(expr - length, root)[0]
 
 
 def shape_of(value: torch.Tensor) -> Shape:

@@ -21,6 +21,9 @@ def size_node(graph: fx.Graph, expr: sympy.Expr, sizes: dict[sympy.Symbol, fx.No
         return int(expr)
     if isinstance(expr, sympy.Symbol) and expr in sizes:
         return sizes[expr]
+    dividend, divisor = sympy.fraction(sympy.together(expr))
+    if divisor != 1:  # (s - 1)/4, where s is 4*k + 1
+        return _call(graph, operator.floordiv, size_node(graph, sympy.expand(dividend), sizes), int(divisor))
     function = ARITHMETIC.get(type(expr))
     if function is None:
         raise CaptureError(f"a size of {expr} depends on data. Expected sizes that follow from those of the inputs.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -164,6 +165,22 @@ class Halving(Loop):
         return super().forward(x)[:, : x.shape[1] // 2]
 
 
+class Blocks(Loop):
+    """Attends in blocks of 96 tokens, which are padded; each sees the first token of the block before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch_size, length, width = x.shape
+        padded = F.pad(x, (0, 0, 0, 96 - length % 96))
+        num_blocks = padded.shape[1] // 96
+        blocks = padded.view(batch_size, num_blocks, 96, width)
+        before = blocks.new_zeros((batch_size, num_blocks, width))
+        if num_blocks > 1:
+            before[:, 1:] = blocks[:, :-1, 0]
+        mixed = (blocks @ blocks.transpose(-1, -2) / 8).softmax(-1) @ blocks + before[:, :, None]
+        output: Tensor = self.inner(mixed.reshape(batch_size, -1, width)[:, :length])
+        return output
+
+
 class Reading(Loop):
     """Reads what another module of the layer has left in a place that both know."""
 
@@ -189,7 +206,16 @@ class Leaving(nn.Module):
         return output
 
 
-EXACT: tuple[type[nn.Module], ...] = (Loop, Branching, AroundPair, StraightThrough, Overwriting, Viewing, Hooked)
+EXACT: tuple[type[nn.Module], ...] = (
+    Loop,
+    Branching,
+    AroundPair,
+    StraightThrough,
+    Overwriting,
+    Viewing,
+    Hooked,
+    Blocks,
+)
 REFUSED: dict[type[nn.Module], str] = {
     Clipped: "not linear",
     ClippedByHook: "not linear",

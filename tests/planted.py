@@ -21,6 +21,23 @@ def pooled_by_four(x: Tensor, weight: Tensor) -> Tensor:
     return (x.view(x.shape[0], x.shape[1] // 4, 4, x.shape[2]) + pooled).view(x.shape)
 
 
+def summaries_of_fours(x: Tensor, weight: Tensor) -> Tensor:
+    """Attention to all tokens and to the best summaries, of four tokens and the four before; a rest has none."""
+    batch_size, length, width = x.shape
+    count = length // 4
+    fours = x[:, : 4 * count].view(batch_size, count, 4, width)
+    windows = fours.new_zeros((batch_size, count, 8, width))
+    windows[:, :, 4:] = fours
+    if count > 1:
+        windows[:, 1:, :4] = fours[:, :-1]
+    summaries = windows.mean(2)
+    best = (x @ summaries.transpose(1, 2)).topk(min(3, count), dim=-1).indices
+    bias = x.new_full((batch_size, length, count), -1e4).scatter(-1, best, 0.0)
+    keys = torch.cat([x, summaries], dim=1)
+    scores = x @ keys.transpose(1, 2) / 8 + torch.cat([x.new_zeros(batch_size, length, length), bias], dim=-1)
+    return x + scores.softmax(-1) @ keys
+
+
 def linear_attention(x: Tensor, weight: Tensor) -> Tensor:
     memory = torch.einsum("bsh,bsk->bhk", x, torch.tanh(x @ weight))
     return torch.einsum("bsh,bhk->bsk", x, memory) / x.shape[1]
@@ -104,6 +121,7 @@ PLANTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cat_shifted": lambda x, w: torch.cat([x[:, 1:], x[:, :1]], dim=1) @ w + x,
     "chunk_tokens": lambda x, w: torch.cat(x.chunk(2, dim=1)[::-1], dim=1) + x,
     "pooled_by_four": pooled_by_four,
+    "summaries_of_fours": summaries_of_fours,
     "softmax_over_tokens": lambda x, w: x * x.softmax(1),
     "linear_attention": linear_attention,
     "hand_written_attention": hand_written_attention,

@@ -12,10 +12,13 @@ from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
 from surgery.inputs.signature import describe_tensor
 from surgery.private import GroupName
-from surgery.verify.comparison import compare
+from surgery.verify.catalog import list_architectures
+from surgery.verify.comparison import compare, float_is_double
 from surgery.verify.ranks import RankPool
+from surgery.verify.shrink import shrink
+from surgery.verify.trial import build
 from tests.planted import ODD_LENGTHS, PLANTED, make_planted
-from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches
+from tests.proof import assert_calls_exact, assert_exact, prove, prove_batches, prove_calls
 from tests.sampling import sampled
 from tests.worlds import World
 from tests.zoo import ARCHITECTURES, OTHERS, make_batch, make_model
@@ -89,6 +92,35 @@ def _prove_planted(name: str, length: int) -> dict[str, float]:
 @pytest.mark.parametrize("name", sampled(sorted(PLANTED.keys() - IMPOSSIBLE - NOT_EXPORTABLE), ODD_LENGTHS))
 def test_planted_operations(pair: RankPool, name: str) -> None:
     assert_exact(pair.run(_prove_planted, name, 31))
+
+
+def _prove_summaries(sp_size: int) -> Any:
+    calls = [(lambda model: None, make_batch(2, length)) for length in (32, 36, 33, 37, 7, SHORT)]
+    return prove_calls(make_planted("summaries_of_fours"), sp_size, calls)
+
+
+def test_groups_of_tokens_with_a_rest(world: World) -> None:
+    """A graph for each remainder of the length, which serves all lengths that leave it."""
+    assert_calls_exact(world.run(_prove_summaries, world.sp_size), num_programs=3)
+
+
+def _prove_compressed(sp_size: int, lengths: tuple[int, ...]) -> Any:
+    """Keys of the tokens, and of every 8 of them in one layer, of every 4 in the other."""
+    (architecture,) = (each for each in list_architectures() if each.model_type == "deepseek_v4")
+    config: Any = shrink(architecture.default_config(), sp_size)
+    config.num_hidden_layers = 2
+    model: Any = build(architecture.make, config).double()
+    model.config._experts_implementation = "eager"  # grouped_mm has no float64
+    with float_is_double():
+        return prove_calls(model, sp_size, [(lambda model: None, make_batch(2, length)) for length in lengths])
+
+
+@pytest.mark.parametrize(
+    ("sp_size", "lengths"), [(2, (31,)), pytest.param(4, (32, 31, 40), marks=pytest.mark.sweep, id="4-ranks")]
+)
+def test_compressed_attention(ranks: RankPool, sp_size: int, lengths: tuple[int, ...]) -> None:
+    results = ranks.run(_prove_compressed, sp_size, lengths)
+    assert_calls_exact(results, num_programs=min(len(lengths), 2), dtype=torch.float64)
 
 
 def _prove_otherwise(sp_size: int, length: int) -> list[dict[str, float]]:

@@ -31,7 +31,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 import surgery
 from surgery import private, transform
-from surgery.capture.capture import capture
+from surgery.capture.capture import Known, capture
 from surgery.capture.recording_masks import record_mask
 from surgery.engines import hooks_of, is_engine_function, original_class
 from surgery.inputs.signature import Signature, bind_call
@@ -184,7 +184,7 @@ def _captured(name: str) -> fx.Graph:
     batch = {key: value.to("meta") for key, value in make_batch(2, 16).items()}
     call = bind_call(inspect.signature(model.forward), (), batch)
     signature = Signature(call.kind[0], (), True, None, 0)
-    return capture(model, signature, (2, 16), sides=None, known={}).graph
+    return capture(model, signature, (2, 16), sides=None, known=Known()).graph
 
 
 def test_export_says_so_when_a_length_is_fixed() -> None:

@@ -27,7 +27,8 @@ from passes.inline_blocks import AUTOCAST, SET_GRAD
 from surgery.attention.recorded import RecordedCall, RecordedMask, Recording
 from surgery.capture.branches import Sides, describe_branches
 from surgery.capture.buffer_writes import drop_buffer_writes
-from surgery.capture.culprits import ModuleClass, find_place, trace_around
+from surgery.capture.candidates import ModuleClass
+from surgery.capture.culprits import trace_around
 from surgery.capture.custom_backward import refuse_custom_backward, refuse_nonlinear_operators
 from surgery.capture.exporting import export_model, name_modules_by_index, specs_by_name
 from surgery.capture.fallbacks import Fallbacks
@@ -36,6 +37,7 @@ from surgery.capture.host_randomness import refused_host_randomness
 from surgery.capture.in_place import without_writes
 from surgery.capture.opaque import OpaqueModules
 from surgery.capture.opaque_calls import InputSizes, OpaqueCall
+from surgery.capture.places import find_place
 from surgery.capture.recording import recorded_attention
 from surgery.capture.stand_ins import as_unsharded
 from surgery.capture.trace_settings import (
@@ -49,10 +51,26 @@ from surgery.capture.trace_settings import (
 from surgery.errors import CaptureError, UnsupportedOperationError
 from surgery.inputs.signature import SMALLEST, Signature, shortest
 from surgery.metadata import Skip, where
-from surgery.private import export_patches, refused_specialization, told_eager, without_fake_tensor_cache
-from surgery.shapes import Lengths, to_expr
+from surgery.private import export_patches, refused_specialization, residue_of, told_eager, without_fake_tensor_cache
+from surgery.shapes import Lengths, name_length, to_expr
 
 _captures = itertools.count()
+
+
+@dataclass
+class Known:
+    """What captures of a model find out for others of the same mode.
+
+    `opaque`: the classes that are called whole, and why. `divisors`: of lengths by letter, where a graph serves only
+    those that leave one remainder.
+    """
+
+    opaque: dict[ModuleClass, str] = field(default_factory=dict)
+    divisors: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Known) -> None:
+        self.opaque |= other.opaque
+        self.divisors |= other.divisors
 
 
 @dataclass
@@ -62,7 +80,7 @@ class Capture:
     `lengths`, `batch`: the symbols of its sizes. `assumptions`: conditions on them under which the trace holds.
     `constants`: tensors that the trace made, by a name that no other capture has. `calls`, `masks`, `opaque_calls`: the
     records, by the numbers that nodes carry. `attempts`: what was tried to get through, for the report.
-    `opaque_classes`: those of the opaque calls, and why. `sides`: those taken of the model's branches on data.
+    `found`: what later captures of the model begin with. `sides`: those taken of the model's branches on data.
     """
 
     graph: fx.Graph
@@ -75,7 +93,7 @@ class Capture:
     masks: list[RecordedMask] = field(default_factory=list)
     opaque_calls: tuple[OpaqueCall, ...] = ()
     attempts: tuple[Skip, ...] = ()
-    opaque_classes: dict[ModuleClass, str] = field(default_factory=dict)
+    found: Known = field(default_factory=Known)
     sides: Sides = ()
 
 
@@ -84,13 +102,13 @@ def capture(
     signature: Signature,
     example: tuple[int, ...],
     sides: Sides | None,
-    known: Mapping[ModuleClass, str],
+    known: Known,
 ) -> Capture:
     """Trace `model` for `signature` with `torch.export` on an example of these sizes: B sequences of S tokens (and T).
 
     An example of one is captured for just that size: torch.export specializes ones. Modules that cannot be traced
-    become opaque (`opaque.py`), first the classes that are `known` to need it from other signatures, and why. `sides`
-    are those to take of branches on data (`branches.py`).
+    become opaque (`opaque.py`), first those `known` to need it from other signatures. `sides` are those to take of
+    branches on data (`branches.py`).
 
     Raises `CaptureError` where the model cannot be exported whole, or only for one sequence length.
     """
@@ -99,18 +117,24 @@ def capture(
     fallbacks = Fallbacks(sides)
     while True:
         try:
-            captured, search = trace_around(model, partial(_trace, model, signature, example, fallbacks), known)
+            trace = partial(_trace, model, signature, example, fallbacks, known.divisors)
+            captured, search = trace_around(model, trace, known.opaque)
         except CaptureError as error:
             if not fallbacks.advance(error):
                 raise
         else:
             captured.attempts = (*search.attempts, *describe_branches(captured.graph))
-            captured.opaque_classes = search.called_whole
+            captured.found.opaque = search.opaque.called_whole
             return captured
 
 
 def _trace(
-    model: nn.Module, signature: Signature, example: tuple[int, ...], fallbacks: Fallbacks, opaque: OpaqueModules
+    model: nn.Module,
+    signature: Signature,
+    example: tuple[int, ...],
+    fallbacks: Fallbacks,
+    divisors: Mapping[str, int],
+    opaque: OpaqueModules,
 ) -> Capture:
     sizes = InputSizes()
     with ExitStack() as stack:
@@ -133,7 +157,7 @@ def _trace(
         stack.enter_context(opaque.recorded(sizes))
         stack.enter_context(_flat_forward(model, signature, recording, sizes))
         try:
-            program, ranges = export_model(model, signature, example, fallbacks)
+            program, ranges = export_model(model, signature, example, fallbacks, divisors)
             name_modules_by_index(_nodes(program))
             refuse_gradless_writes(program)
             if any(written_by(node) for node in _nodes(program)):
@@ -155,6 +179,8 @@ def _trace(
     is_alone = len(captured.lengths) == 1
     for letter, length in zip(signature.letters, captured.lengths, strict=True):
         captured.assumptions += _bounds(length, ranges[letter], shortest(letter, is_alone=is_alone))
+    divisors = {letter: residue_of(ranges[letter])[0] for letter in signature.letters}
+    captured.found.divisors = {letter: divisor for letter, divisor in divisors.items() if divisor > 1}
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
     return captured
@@ -162,8 +188,11 @@ def _trace(
 
 def _bounds(size: sympy.Symbol, dim: Dim, least: int) -> list[sympy.Basic]:
     """What a program asks of a size; that it is `least` or more, its signature asks already."""
+    divisor, residue = residue_of(dim)
+    modular = [sympy.Eq(sympy.Mod(size, divisor), residue)] if divisor > 1 else []
     lower = [sympy.Ge(size, dim.min)] if dim.min > least else []
-    return [*lower, sympy.Le(size, dim.max)] if isinstance(dim.max, int) else lower
+    upper = [sympy.Le(size, dim.max)] if isinstance(dim.max, int) else []
+    return [*modular, *lower, *upper]
 
 
 class SpecializedError(CaptureError):
@@ -287,5 +316,8 @@ def _size(letter: str, signature: Signature, inputs: list[fx.Node]) -> tuple[str
     """The symbol that stands for the size called `letter`, and an input that has it."""
     for tensor, node in zip(signature.tensors, inputs, strict=True):
         if letter in tensor.dims:
-            return node.name, to_expr(node.meta["val"].shape[tensor.dims.index(letter)])
+            size = node.meta["val"].shape[tensor.dims.index(letter)]
+            if isinstance(size, torch.SymInt):
+                name_length(size)
+            return node.name, to_expr(size)
     return "", None

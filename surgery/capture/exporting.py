@@ -7,7 +7,7 @@ fails: "sequence = Dim('sequence', max=512)"  ->  asked again within that bound
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,8 +16,8 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.export.graph_signature import InputSpec
 
 from surgery.capture.fallbacks import Fallbacks
-from surgery.inputs.signature import SHORTEST, Signature, TensorInput
-from surgery.private import UserError
+from surgery.inputs.signature import SHORTEST, SMALLEST, Signature, TensorInput
+from surgery.private import UserError, residue_of
 
 DIM_NAMES = {"s": "sequence", "t": "decoder_sequence"}
 EXAMPLE_COUNT = 3
@@ -26,18 +26,47 @@ MOST_REFINEMENTS = 4
 SLICED = re.compile(r"\.slice\((None|\d+), [^,]*, (None|\d+)\)\.(\d+)")
 
 
+Dims = dict[str, Dim]
+
+
 def export_model(
-    model: nn.Module, signature: Signature, example: tuple[int, ...], fallbacks: Fallbacks
-) -> tuple[ExportedProgram, dict[str, Dim]]:
+    model: nn.Module,
+    signature: Signature,
+    example: tuple[int, ...],
+    fallbacks: Fallbacks,
+    divisors: Mapping[str, int],
+) -> tuple[ExportedProgram, Dims]:
     """The exported program, and the ranges that it serves: of the batch size "b", and of each sequence's length.
 
     A table of positions bounds a length from above, a convolution's kernel from below, a branch on a size on its side.
-    torch.export says so when it fails, and is asked again.
+    Tokens in groups of four make it a multiple of 4, or one more. torch.export says so as it fails, and is asked anew.
+    `divisors` are those that it asked for before: tried first.
     """
     sizes = dict(zip(("b", *signature.letters), example, strict=True))
-    examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
+    if divisors:
+        try:
+            return _export(model, signature, sizes, fallbacks, _make_dims(signature, sizes, divisors))
+        except UserError:
+            pass  # on another side of the model's branches there is none, or another
+    return _export(model, signature, sizes, fallbacks, _make_dims(signature, sizes, {}))
+
+
+def _make_dims(signature: Signature, sizes: Mapping[str, int], divisors: Mapping[str, int]) -> Dims:
     dims = {"b": Dim("batch"), "n": Dim("count")}
-    dims |= {letter: Dim(DIM_NAMES[letter], min=min(SHORTEST[letter], sizes[letter])) for letter in signature.letters}
+    for letter in signature.letters:
+        name, divisor = DIM_NAMES[letter], divisors.get(letter, 1)
+        quotient, residue = divmod(sizes[letter], divisor)
+        if divisor > 1 and quotient >= SMALLEST:
+            dims[letter] = divisor * Dim(f"_{name}", min=SMALLEST) + residue
+        else:
+            dims[letter] = Dim(name, min=min(SHORTEST[letter], sizes[letter]))
+    return dims
+
+
+def _export(
+    model: nn.Module, signature: Signature, sizes: dict[str, int], fallbacks: Fallbacks, dims: Dims
+) -> tuple[ExportedProgram, Dims]:
+    examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
     for remaining in reversed(range(MOST_REFINEMENTS)):
         try:
             with fallbacks.follow():
@@ -79,7 +108,7 @@ def specs_by_name(program: ExportedProgram) -> dict[str, InputSpec]:
     return {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
 
 
-def _refine(dims: dict[str, Dim], error: UserError) -> bool:
+def _refine(dims: Dims, error: UserError) -> bool:
     """Narrow `dims` to the ranges that `error` suggests; False where it suggests another thing than ranges."""
     try:
         refined = refine_dynamic_shapes_from_suggested_fixes(error.msg, {letter: (dims[letter],) for letter in dims})
@@ -87,14 +116,15 @@ def _refine(dims: dict[str, Dim], error: UserError) -> bool:
         return False
     assert isinstance(refined, dict)
     suggested = {letter: dim for letter, (dim,) in refined.items()}
-    is_range = all(type(dim) is Dim for dim in suggested.values())  # an int or a multiple is none
-    if not is_range or str(suggested["n"]) != str(dims["n"]):  # counts are no size that a program is found by
+    if any(isinstance(dim, int) for dim in suggested.values()):
+        return False
+    if str(suggested["n"]) != str(dims["n"]) or residue_of(suggested["b"]) != (1, 0):  # no program is found by those
         return False
     dims.update(suggested)
     return True
 
 
-def _dynamic_shapes(signature: Signature, sizes: dict[str, int], dims: dict[str, Dim]) -> dict[str, dict[int, Dim]]:
+def _dynamic_shapes(signature: Signature, sizes: dict[str, int], dims: Dims) -> dict[str, dict[int, Dim]]:
     dynamic = {letter: dim for letter, dim in dims.items() if sizes.get(letter, EXAMPLE_COUNT) > 1}
     return {
         tensor.name: {d: dynamic[str(size)] for d, size in enumerate(tensor.dims) if size in dynamic}

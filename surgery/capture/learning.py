@@ -1,9 +1,9 @@
 """What an opaque module returns, learnt by running a copy of it at a few sizes.
 
-    x [12, 14, 64] -> y [12, 14, 32]
-    x [20, 14, 64] -> y [20, 14, 32]        y is [B, S, 32]
-    x [12, 22, 64] -> y [12, 22, 32]
-    x [20, 22, 64] -> y [20, 22, 32]
+    x [3, 13, 64] -> y [3, 13, 32]
+    x [7, 13, 64] -> y [7, 13, 32]        y is [B, S, 32]
+    x [3, 21, 64] -> y [3, 21, 32]
+    x [7, 21, 64] -> y [7, 21, 32]
 
 Every dimension must be a whole number times a product of the inputs' sizes. Refused is a module that writes to its
 inputs, whose second call gives something else than its first, or whose backward is not linear: each rank runs it on an
@@ -25,14 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.capture.host_randomness import refused_host_randomness
 from surgery.capture.linearity import is_backward_linear, is_within
+from surgery.capture.opaque import OpaqueModules, UnlearnedError
 from surgery.capture.opaque_calls import CONSTANTS, Arguments, Number, Results, TensorSpec
+from surgery.capture.stand_ins import as_unsharded
 from surgery.errors import CaptureError
 from surgery.private import FakeTensorMode
 from surgery.randomness import draws
 from surgery.shapes import Shape
 
 Sizes = dict[sympy.Symbol, int]
-FIRST, SECOND, APART = 12, 20, 2  # long enough for a convolution's kernel; no two symbols have the same size
+COUNTS, LENGTHS = (3, 7), (12, 20)
+"""Two sizes of a batch, and of a sequence, which is longer than a convolution's kernel; each symbol has its own."""
 
 
 class Run(NamedTuple):
@@ -43,13 +46,21 @@ class Run(NamedTuple):
     is_random: bool
 
 
+def learn_all(opaque: OpaqueModules, request: UnlearnedError) -> None:
+    """Learn the results of every module of the class that a trace asked for. Raises where one has none to learn."""
+    with as_unsharded(opaque.model):
+        for path, module in list(opaque.paths(request.module_class)):
+            results = learn_results(path, module, request.arguments, request.example)
+            opaque.learnt[path, request.arguments] = results
+
+
 def learn_results(path: str, module: nn.Module, arguments: Arguments, example: Sizes) -> Results:
     """How the results of `module` follow from the sizes of `arguments`. Raises `CaptureError` where they do not.
 
     Small sizes are tried first; a module that fails at them is tried at multiples of the `example`, as one that
     works in blocks of a fixed length needs.
     """
-    small = {symbol: (FIRST + APART * i, SECOND + APART * i) for i, symbol in enumerate(arguments.symbols)}
+    small = {symbol: _small_sizes(i, example[symbol]) for i, symbol in enumerate(arguments.symbols)}
     large = {symbol: (example[symbol], 2 * example[symbol]) for symbol in arguments.symbols}
     failures: list[Exception] = []
     for choices in (small, large):
@@ -74,6 +85,12 @@ def _learn_at(path: str, module: nn.Module, arguments: Arguments, trials: list[S
     if len({tensor.device for tensor in results.tensors}) != 1:
         raise CaptureError(f"{path} returns no tensors, or on several devices. Expected tensors on one.")
     return results
+
+
+def _small_sizes(index: int, example: int) -> tuple[int, int]:
+    """The sizes to try of symbol number `index`: those of a sequence, if it is as long as one in the `example`."""
+    first, second = LENGTHS if example > LENGTHS[0] else COUNTS
+    return first + index, second + index
 
 
 def _trials(choices: dict[sympy.Symbol, tuple[int, int]]) -> Iterator[Sizes]:

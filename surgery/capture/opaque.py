@@ -102,6 +102,12 @@ class OpaqueModules:
             if module_class is None or type(module) is module_class:
                 yield path, module
 
+    @property
+    def called_whole(self) -> dict[type[nn.Module], str]:
+        """The classes that the last trace called whole, and why."""
+        names = {call.module_class for call in self.calls}
+        return {kind: why for kind, why in self.reasons.items() if kind.__name__ in names}
+
     @contextmanager
     def recorded(self, sizes: InputSizes) -> Iterator[None]:
         """While a model is traced, record calls of the modules concerned instead of following them.

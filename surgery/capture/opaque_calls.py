@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgery.errors import CaptureError
-from surgery.shapes import Shape, shape_of, to_expr
+from surgery.shapes import Shape, name_length, shape_of, to_expr
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -39,6 +39,7 @@ class InputSizes:
         for tensor, letters in tensors:
             for size, letter in zip(tensor.shape, letters, strict=True):
                 if isinstance(size, torch.SymInt):
+                    name_length(size)
                     self.sizes[to_expr(size)] = size
                     self.names[to_expr(size)] = first.setdefault(letter, to_expr(size))
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from surgery.attention.recorded import DOCUMENT_ENDS
 from surgery.axis import Axis
 from surgery.capture.branches import OtherBranchError, Sides
-from surgery.capture.capture import Capture, capture
-from surgery.capture.culprits import ModuleClass
+from surgery.capture.capture import Capture, Known, capture
 from surgery.engine_checks import check_engine
 from surgery.engines import hooked_modules
 from surgery.errors import CaptureError
@@ -55,7 +54,7 @@ class Programs:
         self.images = images
         self.captured: list[Program] = []
         self.constants = types.SimpleNamespace()
-        self._opaque: dict[bool, dict[ModuleClass, str]] = {True: {}, False: {}}
+        self._known = {is_training: Known() for is_training in (True, False)}
         self._key = f"programs {next(_keys)}"
         self._find_while_compiling = make_constant_finder(self)
 
@@ -136,12 +135,12 @@ class Programs:
         for name, value in captured.constants.items():
             setattr(self.constants, name, value)
         program = build_program(captured, signature, context, find_cuts(self.model))
-        self._opaque[signature.is_training] |= captured.opaque_classes
+        self._known[signature.is_training].add(captured.found)
         return program
 
     def _capture(self, signature: Signature, example: tuple[int, ...], sides: Sides | None) -> Capture:
         try:
-            return capture(self.model, signature, example, sides, self._opaque[signature.is_training])
+            return capture(self.model, signature, example, sides, self._known[signature.is_training])
         except CaptureError as error:
             reason = self.images.why_unmerged(signature)
             if reason is None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.api import restore, transform
@@ -141,18 +142,28 @@ def _gradient_errors(found: dict[str, Tensor], reference: Reference) -> dict[str
 
 @contextmanager
 def float_is_double() -> Iterator[None]:
-    """Let `x.float()` keep float64: transformers computes losses, and gemma its norms, in float32 whatever the dtype.
+    """Let casts of float64 to float32 keep it: transformers computes losses, and gemma its norms, in float32.
 
     Both models would round to 1e-7 there, in different orders of summation, and hide what a float64 proof is to show.
     Integers, such as positions, become float32 all the same: transformers multiplies them with float32 frequencies.
     """
-    to_float32 = torch.Tensor.float
-
-    def to_float(x: Tensor, **options: Any) -> Tensor:
-        return x.double(**options) if x.is_floating_point() else to_float32(x, **options)
-
-    with mock.patch.object(torch.Tensor, "float", to_float):
+    with ExitStack() as stack:
+        for owner, name in ((Tensor, "float"), (Tensor, "to"), (Tensor, "softmax"), (F, "softmax"), (torch, "softmax")):
+            stack.enter_context(mock.patch.object(owner, name, _keeping_double(getattr(owner, name))))
         yield
+
+
+def _keeping_double(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.dtype != torch.float64:
+            return function(x, *args, **kwargs)
+        if function.__name__ == "float":
+            return x
+        given = [torch.float64 if value is torch.float32 else value for value in args]
+        named = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return function(x, *given, **named)
+
+    return call
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

@@ -11,6 +11,12 @@ STARTED = {"decoder_start_token_id": 0}
 ODDITIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_d_head": "auto"},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "hc_sinkhorn_iters": 3,
+        "index_n_heads": 4,
+        "index_topk": 4,
+    },
     "dbrx_attention": {"rope_theta": 10000.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "encoder-decoder": {**STARTED, "pad_token_id": 0},
