@@ -36,7 +36,7 @@ def condition_of(value: torch.SymInt | torch.SymBool) -> Any:
 def name_length(size: torch.SymInt) -> None:
     """Let a length that a trace calls `4*k + 1` be a symbol: sizes of the same trace are told by it from now on."""
     expr = to_expr(size)
-    if isinstance(expr, sympy.Symbol):
+    if isinstance(expr, sympy.Symbol) or len(expr.free_symbols) != 1:
         return
     (root,) = expr.free_symbols
     length = sympy.Symbol(f"{root}_length", integer=True, positive=True)

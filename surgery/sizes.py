@@ -7,8 +7,9 @@ from functools import reduce
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from surgery.errors import CaptureError
 
@@ -43,4 +44,12 @@ def _call(graph: fx.Graph, function: Any, a: Size, b: Size) -> fx.Node:
     return node
 
 
-ARITHMETIC: dict[type, Any] = {sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv}
+ARITHMETIC: dict[type, Any] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+    Min: torch.sym_min,
+    Max: torch.sym_max,
+}

@@ -104,9 +104,8 @@ def test_groups_of_tokens_with_a_rest(world: World) -> None:
     assert_calls_exact(world.run(_prove_summaries, world.sp_size), num_programs=3)
 
 
-def _prove_compressed(sp_size: int, lengths: tuple[int, ...]) -> Any:
-    """Keys of the tokens, and of every 8 of them in one layer, of every 4 in the other."""
-    (architecture,) = (each for each in list_architectures() if each.model_type == "deepseek_v4")
+def _prove_blockwise(model_type: str, sp_size: int, lengths: tuple[int, ...]) -> Any:
+    (architecture,) = (each for each in list_architectures() if each.model_type == model_type)
     config: Any = shrink(architecture.default_config(), sp_size)
     config.num_hidden_layers = 2
     model: Any = build(architecture.make, config).double()
@@ -119,8 +118,17 @@ def _prove_compressed(sp_size: int, lengths: tuple[int, ...]) -> Any:
     ("sp_size", "lengths"), [(2, (31,)), pytest.param(4, (32, 31, 40), marks=pytest.mark.sweep, id="4-ranks")]
 )
 def test_compressed_attention(ranks: RankPool, sp_size: int, lengths: tuple[int, ...]) -> None:
-    results = ranks.run(_prove_compressed, sp_size, lengths)
+    """Keys of the tokens, and of every 8 of them in one layer, of every 4 in the other."""
+    results = ranks.run(_prove_blockwise, "deepseek_v4", sp_size, lengths)
     assert_calls_exact(results, num_programs=min(len(lengths), 2), dtype=torch.float64)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("model_type", ["longt5", "pegasus_x"])
+def test_encoders_in_blocks(ranks: RankPool, model_type: str) -> None:
+    """Blocks of 8 and of 16 tokens, the last of which is padded."""
+    results = ranks.run(_prove_blockwise, model_type, 4, (32, 31, 48))
+    assert_calls_exact(results, num_programs=2, dtype=torch.float64)
 
 
 def _prove_otherwise(sp_size: int, length: int) -> list[dict[str, float]]:

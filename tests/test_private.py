@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch._dynamo.exc import UserError
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 from transformers import AutoModelForSeq2SeqLM
 from transformers.exporters.utils import apply_patches
@@ -35,7 +36,7 @@ from surgery.capture.capture import Known, capture
 from surgery.capture.recording_masks import record_mask
 from surgery.engines import hooks_of, is_engine_function, original_class
 from surgery.inputs.signature import Signature, bind_call
-from surgery.private import intercepted_lookup
+from surgery.private import intercepted_lookup, residue_of
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
 from surgery.verify.ranks import RankPool
 from tests.tracing import trace
@@ -205,8 +206,20 @@ def test_sizes_that_depend_on_data_are_told_apart() -> None:
 
 def test_the_names_that_sympy_sizes_have() -> None:
     length = sympy.Symbol("s", integer=True, positive=True)
-    assert isinstance(FloorDiv(length, 4), FloorDiv)
-    assert FloorDiv(length, 4).args == (length, 4)
+    for function in (FloorDiv, Mod, PythonMod, Max, Min):
+        assert isinstance(function(length, 4), function) and set(function(length, 4).args) == {length, 4}
+
+
+def test_a_multiple_of_a_dim_is_a_function_of_it() -> None:
+    dim = Dim("k")
+    assert [residue_of(each) for each in (dim, 4 * dim, 4 * dim + 1, 4 * dim - 3)] == [(1, 0), (4, 0), (4, 1), (4, 1)]
+
+
+def test_a_trace_and_its_sizes_have_one_shape_env() -> None:
+    """By which `surgery/shapes.py` finds what its lengths are called."""
+    graph = trace(lambda x: x * 2, "b s").graph
+    environments = {_call(graph, name).meta["val"].shape[0].node.shape_env for name in ("x", "mul")}
+    assert len(environments) == 1 and weakref.ref(environments.pop())
 
 
 @pytest.mark.parametrize("registry", [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS])

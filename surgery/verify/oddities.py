@@ -40,10 +40,11 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "lfm2": CONVOLVED,
     "lfm2_moe": CONVOLVED,
     "longcat_flash": {"qk_head_dim": 24, "head_dim": 8},
-    "longt5": STARTED,
+    "longt5": {**STARTED, "local_radius": 7, "global_block_size": 4},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "pegasus_x": {"block_size": 16},
     "perceiver": {"max_position_embeddings": 32, "num_latents": 8},
     "neomme": {"head_dim": 16},
     "qwen4_exp_text": {

@@ -1,0 +1,41 @@
+"""Sizes in a graph: the arithmetic that computes them gives what the expression says."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
+
+from surgery.errors import CaptureError
+from surgery.sizes import size_node
+
+S, B = sympy.symbols("s b", integer=True, positive=True)
+
+
+@pytest.mark.parametrize(
+    "expr",
+    [
+        B * S + 3,
+        FloorDiv(S, 4) * 4,
+        S / 4 - sympy.Rational(1, 4),
+        5 * S / 4 - sympy.Rational(5, 4),
+        B * (S - 1) / 4,
+        PythonMod(-S, 8),
+        S - Mod(S, 8) + 8,
+        Min(3, S / 4 - sympy.Rational(1, 4)),
+        Max(40, S),
+    ],
+)
+def test_size(expr: sympy.Expr) -> None:
+    """Of 2 sequences of 33 tokens, in a graph for lengths of 4*k + 1."""
+    graph = fx.Graph()
+    sizes = {symbol: graph.placeholder(str(symbol)) for symbol in (S, B)}
+    sizes[S].meta["val"], sizes[B].meta["val"] = 33, 2
+    node = size_node(graph, expr, sizes)
+    assert isinstance(node, fx.Node) and node.meta["val"] == expr.subs({S: 33, B: 2})
+
+
+def test_data_is_no_size() -> None:
+    with pytest.raises(CaptureError, match="a size of u depends on data"):
+        size_node(fx.Graph(), sympy.Symbol("u"), {})
