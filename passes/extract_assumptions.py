@@ -18,7 +18,7 @@ from torch import fx
 
 from surgery.metadata import Context
 from surgery.pipeline import PassResult
-from surgery.shapes import condition_of
+from surgery.shapes import expr_of
 
 ASSERT = torch.ops.aten._assert_scalar.default
 
@@ -54,4 +54,4 @@ def _condition(argument: object) -> sympy.Basic | None:
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
-    return condition_of(value) if isinstance(value, torch.SymBool) else None
+    return expr_of(value) if isinstance(value, torch.SymBool) else None

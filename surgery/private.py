@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
-import sympy
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import (
@@ -188,12 +187,10 @@ def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Te
     return source.to(destination).expand_as(destination)
 
 
-def residue_of(dim: Dim) -> tuple[int, int]:
-    """`(4, 1)` for a size of `4 * Dim("k") + 1` or of `4 * Dim("k") - 3`, and `(1, 0)` for one of any other kind."""
-    if type(dim) is Dim:
-        return 1, 0
-    first, second = (int(dim.fn(sympy.Integer(i))) for i in range(2))  # type: ignore[attr-defined]
-    return second - first, first % (second - first)
+def root_of(dim: Dim) -> Dim:
+    """The dim that a multiple is of: `k` for `4 * Dim("k") + 1`, and `dim` itself where it is none."""
+    root: Dim = getattr(dim, "root", dim)
+    return root
 
 
 def is_idle_hook(hook: Callable[..., Any]) -> bool:

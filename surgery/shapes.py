@@ -25,22 +25,34 @@ _lengths_by_root: WeakKeyDictionary[Any, dict[sympy.Symbol, sympy.Expr]] = WeakK
 
 def to_expr(size: int | torch.SymInt) -> sympy.Expr:
     """The sympy expression of a size; a plain integer becomes `sympy.Integer`."""
-    return condition_of(size) if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return expr_of(size) if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def condition_of(value: torch.SymInt | torch.SymBool) -> Any:
-    """The sympy expression of a size, or of a truth about sizes."""
+def expr_of(value: torch.SymInt | torch.SymBool) -> Any:
+    """The sympy expression of a traced size, or of a truth about sizes."""
     return value.node.expr.subs(_lengths_by_root.get(value.node.shape_env, {}))
 
 
 def name_length(size: torch.SymInt) -> None:
-    """Let a length that a trace calls `4*k + 1` be a symbol: sizes of the same trace are told by it from now on."""
-    expr = to_expr(size)
-    if isinstance(expr, sympy.Symbol) or len(expr.free_symbols) != 1:
+    """Let a length that a trace calls `4*k + 1` be a symbol: sizes of the same trace are told by it from now on.
+
+    One that is told by another length already, as where the model ties the two, stays as it is.
+    """
+    expr = size.node.expr
+    names = _lengths_by_root.setdefault(size.node.shape_env, {})
+    if isinstance(expr, sympy.Symbol) or len(expr.free_symbols) != 1 or expr.free_symbols <= names.keys():
         return
     (root,) = expr.free_symbols
     length = sympy.Symbol(f"{root}_length", integer=True, positive=True)
-    _lengths_by_root.setdefault(size.node.shape_env, {})[root] = sympy.solve(expr - length, root)[0]
+    names[root] = sympy.solve(expr - length, root)[0]
+
+
+def residue_of(size: torch.SymInt) -> tuple[int, int]:
+    """The divisor and the remainder of a length: `(4, 1)` where its trace calls it `4*k + 1`, `(1, 0)` for a symbol."""
+    expr = size.node.expr
+    (root,) = expr.free_symbols
+    divisor = int(expr.coeff(root))
+    return divisor, int(expr.subs(root, 0)) % divisor
 
 
 def shape_of(value: torch.Tensor) -> Shape:

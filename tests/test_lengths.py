@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM
 
 from surgery import CaptureError, InputError, restore, transform
 from surgery.axis import Axis, first_token, local_length, run_lengths
@@ -95,13 +99,51 @@ def test_planted_operations(pair: RankPool, name: str) -> None:
 
 
 def _prove_summaries(sp_size: int) -> Any:
-    calls = [(lambda model: None, make_batch(2, length)) for length in (32, 36, 33, 37, 7, SHORT)]
+    calls = [(lambda model: None, make_batch(2, length)) for length in (32, 36, 33, 37, 45, 7, SHORT)]
     return prove_calls(make_planted("summaries_of_fours"), sp_size, calls)
 
 
 def test_groups_of_tokens_with_a_rest(world: World) -> None:
-    """A graph for each remainder of the length, which serves all lengths that leave it."""
-    assert_calls_exact(world.run(_prove_summaries, world.sp_size), num_programs=3)
+    """A graph for each remainder of the length, which serves all lengths that leave it on its side of a branch."""
+    assert_calls_exact(world.run(_prove_summaries, world.sp_size), num_programs=4)
+
+
+class TiedDecoder(nn.Module):
+    """A decoder that weighs its input by how its length compares with the encoder's."""
+
+    def __init__(self, decoder: nn.Module, is_tied: Callable[[int, int], bool]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.is_tied = is_tied
+
+    def forward(self, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        output = self.decoder(encoder_hidden_states=encoder_hidden_states, **kwargs)
+        length, decoder_length = encoder_hidden_states.shape[1], output.last_hidden_state.shape[1]
+        if self.is_tied(length, decoder_length):
+            output.last_hidden_state = output.last_hidden_state * 2
+        return output
+
+
+def make_tied(is_tied: Callable[[int, int], bool]) -> Any:
+    model = make_model("bart", auto=AutoModelForSeq2SeqLM)
+    model.model.decoder = TiedDecoder(model.model.decoder, is_tied)
+    return model
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_a_length_that_follows_from_another_is_refused(surplus: int) -> None:
+    batch = make_batch(2, 24 + surplus)
+    batch["labels"] = batch["labels"][:, :24].clone()
+    with pytest.raises(CaptureError, match="always be equal" if surplus == 0 else "sequence"):
+        transform(make_tied(lambda length, decoder_length: length == decoder_length + surplus), 2, example=batch)
+
+
+def test_a_graph_for_two_sequences_of_one_length() -> None:
+    (program,) = transform(make_model("bart", auto=AutoModelForSeq2SeqLM), 2).surgery.programs
+    length, _ = program.context.lengths
+    tied = replace(program, context=replace(program.context, lengths=(length, length)))
+    assert program.serves(2, 24, 30) and not tied.serves(2, 24, 30)
+    assert tied.has_assumptions and tied.serves(2, 24, 24)
 
 
 def _prove_blockwise(model_type: str, sp_size: int, lengths: tuple[int, ...]) -> Any:

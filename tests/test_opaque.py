@@ -30,6 +30,7 @@ from tests.opaque_modules import (
     make_opaque,
     make_reading,
 )
+from tests.planted import plant, summaries_of_fours
 from tests.proof import assert_exact, prove
 from tests.sampling import sampled
 from tests.worlds import World
@@ -151,6 +152,12 @@ def test_what_was_found_once_is_not_searched_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(culprits.Search, "advance", lambda *_: pytest.fail("searched again"))
     model.surgery.prepare(**make_batch(1, 32))
     assert [call.module_class for call in model.surgery.programs[-1].context.opaque_calls] == ["Loop"]
+
+
+def test_calls_of_a_trace_that_was_asked_for_anew_are_forgotten() -> None:
+    """Torch is asked a second time where tokens are in groups."""
+    model = transform(plant(make_opaque(Loop), summaries_of_fours), 4)
+    assert [call.module_class for call in model.surgery.programs[0].context.opaque_calls] == ["Loop"]
 
 
 class LoopInTraining(Loop):

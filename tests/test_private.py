@@ -36,7 +36,7 @@ from surgery.capture.capture import Known, capture
 from surgery.capture.recording_masks import record_mask
 from surgery.engines import hooks_of, is_engine_function, original_class
 from surgery.inputs.signature import Signature, bind_call
-from surgery.private import intercepted_lookup, residue_of
+from surgery.private import intercepted_lookup, root_of
 from surgery.regions import TOKEN_LOCAL_SUFFIX, TRUSTED_PACKAGE
 from surgery.verify.ranks import RankPool
 from tests.tracing import trace
@@ -210,9 +210,23 @@ def test_the_names_that_sympy_sizes_have() -> None:
         assert isinstance(function(length, 4), function) and set(function(length, 4).args) == {length, 4}
 
 
-def test_a_multiple_of_a_dim_is_a_function_of_it() -> None:
+def test_a_multiple_of_a_dim_knows_it() -> None:
     dim = Dim("k")
-    assert [residue_of(each) for each in (dim, 4 * dim, 4 * dim + 1, 4 * dim - 3)] == [(1, 0), (4, 0), (4, 1), (4, 1)]
+    assert all(root_of(each) is dim for each in (dim, 4 * dim, 4 * dim + 1, 4 * dim - 3))
+
+
+def test_what_torch_finds_of_a_multiple_is_in_the_ranges_alone() -> None:
+    """It narrows the range of `k` for the branch, and neither fails nor asserts it in the graph."""
+
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(x.shape[0] // 4, 4) * (2 if x.shape[0] <= 40 else 1)
+
+    dims = ({0: 4 * Dim("k", min=2)},)
+    program = torch.export.export(Branch(), (torch.ones(32),), dynamic_shapes=dims, strict=False)
+    (size,) = _call(program.graph, "x").meta["val"].shape
+    (root,) = size.node.expr.free_symbols
+    assert size.node.expr == 4 * root and program.range_constraints[root].upper == 10
 
 
 def test_a_trace_and_its_sizes_have_one_shape_env() -> None:

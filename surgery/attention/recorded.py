@@ -106,3 +106,9 @@ class Recording:
     masks: list[RecordedMask] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     documents: FoundDocuments | None = None
+
+    def start(self, tensors: dict[str, Tensor]) -> None:
+        """Write down another run of the forward: what was written of the last one belongs to no graph."""
+        self.tensors, self.documents = tensors, None
+        self.calls.clear()
+        self.masks.clear()

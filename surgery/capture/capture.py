@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
@@ -51,8 +51,8 @@ from surgery.capture.trace_settings import (
 from surgery.errors import CaptureError, UnsupportedOperationError
 from surgery.inputs.signature import SMALLEST, Signature, shortest
 from surgery.metadata import Skip, where
-from surgery.private import export_patches, refused_specialization, residue_of, told_eager, without_fake_tensor_cache
-from surgery.shapes import Lengths, name_length, to_expr
+from surgery.private import export_patches, refused_specialization, told_eager, without_fake_tensor_cache
+from surgery.shapes import Lengths, name_length, residue_of, to_expr
 
 _captures = itertools.count()
 
@@ -155,9 +155,10 @@ def _trace(
         stack.enter_context(refused_host_randomness(f"the forward of {type(model).__name__}"))
         stack.enter_context(refused_assignments() if opaque.reasons else nullcontext())
         stack.enter_context(opaque.recorded(sizes))
-        stack.enter_context(_flat_forward(model, signature, recording, sizes))
+        stack.enter_context(_flat_forward(model, signature, recording, opaque, sizes))
         try:
-            program, ranges = export_model(model, signature, example, fallbacks, divisors)
+            program = export_model(model, signature, example, fallbacks, divisors)
+            ranges = program.range_constraints
             name_modules_by_index(_nodes(program))
             refuse_gradless_writes(program)
             if any(written_by(node) for node in _nodes(program)):
@@ -175,24 +176,32 @@ def _trace(
     refuse_nonlinear_operators(program.graph)
     drop_buffer_writes(program, may_be_read=bool(opaque.reasons))
     captured = _to_capture(program, signature)
-    captured.assumptions += _bounds(captured.batch, ranges["b"], SMALLEST) if captured.batch is not None else []
-    is_alone = len(captured.lengths) == 1
-    for letter, length in zip(signature.letters, captured.lengths, strict=True):
-        captured.assumptions += _bounds(length, ranges[letter], shortest(letter, is_alone=is_alone))
-    divisors = {letter: residue_of(ranges[letter])[0] for letter in signature.letters}
-    captured.found.divisors = {letter: divisor for letter, divisor in divisors.items() if divisor > 1}
+    for letter, size in _sizes(signature, program.graph_module.graph).items():
+        is_alone = len(captured.lengths) == 1
+        least = SMALLEST if letter == "b" else shortest(letter, is_alone=is_alone)
+        captured.assumptions += _conditions(size, ranges, least)
+        if (divisor := residue_of(size)[0]) > 1:
+            captured.found.divisors[letter] = divisor
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
     return captured
 
 
-def _bounds(size: sympy.Symbol, dim: Dim, least: int) -> list[sympy.Basic]:
-    """What a program asks of a size; that it is `least` or more, its signature asks already."""
-    divisor, residue = residue_of(dim)
-    modular = [sympy.Eq(sympy.Mod(size, divisor), residue)] if divisor > 1 else []
-    lower = [sympy.Ge(size, dim.min)] if dim.min > least else []
-    upper = [sympy.Le(size, dim.max)] if isinstance(dim.max, int) else []
-    return [*modular, *lower, *upper]
+def _conditions(size: torch.SymInt, ranges: Mapping[sympy.Symbol, Any], least: int) -> list[sympy.Basic]:
+    """What a program asks of a size; that it is `least` or more, its signature asks already.
+
+    `ranges` are those that torch has found: of `k`, where the size is `4*k`, it says nothing when it narrows one.
+    """
+    symbol, (divisor, residue), raw = to_expr(size), residue_of(size), size.node.expr
+    (root,) = raw.free_symbols
+    first, last = ranges[root].lower, ranges[root].upper
+    lower, upper = raw.subs(root, first), raw.subs(root, last) if last.is_Integer else None
+    modular = [sympy.Eq(sympy.Mod(symbol, divisor), residue)] if divisor > 1 else []
+    return [
+        *modular,
+        *([sympy.Ge(symbol, lower)] if lower > least else []),
+        *([sympy.Le(symbol, upper)] if upper is not None else []),
+    ]
 
 
 class SpecializedError(CaptureError):
@@ -209,13 +218,19 @@ def _first_lines(error: Exception) -> str:
 
 
 @contextmanager
-def _flat_forward(model: nn.Module, signature: Signature, recording: Recording, sizes: InputSizes) -> Iterator[None]:
-    """Give the model a forward with exactly the signature's tensors as parameters, which reads their sizes."""
+def _flat_forward(
+    model: nn.Module, signature: Signature, recording: Recording, opaque: OpaqueModules, sizes: InputSizes
+) -> Iterator[None]:
+    """Give the model a forward with exactly the signature's tensors as parameters, which reads their sizes.
+
+    Export may run it several times, for other ranges: each time the records begin anew.
+    """
     installed = model.__dict__.pop("forward", None)
     original = model.forward
 
     def forward(**tensors: Tensor) -> Any:
-        recording.tensors = tensors
+        recording.start(tensors)
+        opaque.calls.clear()
         sizes.read((tensors[tensor.name], tensor.dims) for tensor in signature.tensors)
         return original(**tensors, **dict(signature.constants))
 
@@ -257,12 +272,15 @@ def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
     names = [tensor.name for tensor in signature.tensors]
     if [node.name for node in inputs] != names:
         raise CaptureError(f"expected the graph's inputs to be {names}, found {[node.name for node in inputs]}")
-    lengths = tuple(_length(letter, signature, inputs) for letter in signature.letters)
-    batch = _size("b", signature, inputs)[1]
+    sizes = _sizes(signature, graph)
+    for size in sizes.values():
+        name_length(size)
+    lengths = tuple(_length(letter, sizes, signature) for letter in signature.letters)
+    batch = to_expr(sizes["b"]) if "b" in sizes else None
     spec = program.call_spec.out_spec
     assert spec is not None
     graph.owning_module = program.graph_module
-    return Capture(graph, lengths, batch if isinstance(batch, sympy.Symbol) else None, spec, constants)
+    return Capture(graph, lengths, batch, spec, constants)
 
 
 def _path_of(node: fx.Node, spec: InputSpec) -> str:
@@ -302,22 +320,23 @@ def _refuse_subgraphs(program: ExportedProgram) -> None:
             )
 
 
-def _length(letter: str, signature: Signature, inputs: list[fx.Node]) -> sympy.Symbol:
-    name, length = _size(letter, signature, inputs)
+def _length(letter: str, sizes: Mapping[str, torch.SymInt], signature: Signature) -> sympy.Symbol:
+    length = to_expr(sizes[letter]) if letter in sizes else None
     if not isinstance(length, sympy.Symbol):
+        name = next(tensor.name for tensor in signature.tensors if letter in tensor.dims)
         raise CaptureError(
-            f"the model fixes the sequence length of {name} to {length} while it is traced. "
+            f"the model fixes the sequence length of {name} while it is traced, or ties it to another. "
             "Expected a forward that works for any length: it branches on, or loops over, the length."
         )
     return length
 
 
-def _size(letter: str, signature: Signature, inputs: list[fx.Node]) -> tuple[str, sympy.Expr | None]:
-    """The symbol that stands for the size called `letter`, and an input that has it."""
-    for tensor, node in zip(signature.tensors, inputs, strict=True):
-        if letter in tensor.dims:
-            size = node.meta["val"].shape[tensor.dims.index(letter)]
-            if isinstance(size, torch.SymInt):
-                name_length(size)
-            return node.name, to_expr(size)
-    return "", None
+def _sizes(signature: Signature, graph: fx.Graph) -> dict[str, torch.SymInt]:
+    """The sizes that vary from call to call by their letters, read from the first input that has each."""
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    sizes: dict[str, torch.SymInt] = {}
+    for tensor in signature.tensors:
+        for dim, size in zip(tensor.dims, nodes[tensor.name].meta["val"].shape, strict=True):
+            if dim in ("b", *signature.letters) and isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
+                sizes.setdefault(str(dim), size)
+    return sizes

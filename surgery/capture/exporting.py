@@ -16,8 +16,9 @@ from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fix
 from torch.export.graph_signature import InputSpec
 
 from surgery.capture.fallbacks import Fallbacks
+from surgery.errors import CaptureError
 from surgery.inputs.signature import SHORTEST, SMALLEST, Signature, TensorInput
-from surgery.private import UserError, residue_of
+from surgery.private import UserError, root_of
 
 DIM_NAMES = {"s": "sequence", "t": "decoder_sequence"}
 EXAMPLE_COUNT = 3
@@ -35,8 +36,8 @@ def export_model(
     example: tuple[int, ...],
     fallbacks: Fallbacks,
     divisors: Mapping[str, int],
-) -> tuple[ExportedProgram, Dims]:
-    """The exported program, and the ranges that it serves: of the batch size "b", and of each sequence's length.
+) -> ExportedProgram:
+    """The exported program, for ranges of the batch size and of each sequence's length that torch finds.
 
     A table of positions bounds a length from above, a convolution's kernel from below, a branch on a size on its side.
     Tokens in groups of four make it a multiple of 4, or one more. torch.export says so as it fails, and is asked anew.
@@ -46,8 +47,10 @@ def export_model(
     if divisors:
         try:
             return _export(model, signature, sizes, fallbacks, _make_dims(signature, sizes, divisors))
-        except UserError:
-            pass  # on another side of the model's branches there is none, or another
+        except CaptureError:
+            raise
+        except Exception:
+            pass  # this length is on a side of the model's branches where it is divided by another number, or by none
     return _export(model, signature, sizes, fallbacks, _make_dims(signature, sizes, {}))
 
 
@@ -65,12 +68,12 @@ def _make_dims(signature: Signature, sizes: Mapping[str, int], divisors: Mapping
 
 def _export(
     model: nn.Module, signature: Signature, sizes: dict[str, int], fallbacks: Fallbacks, dims: Dims
-) -> tuple[ExportedProgram, Dims]:
+) -> ExportedProgram:
     examples = {tensor.name: _example(tensor, sizes) for tensor in signature.tensors}
     for remaining in reversed(range(MOST_REFINEMENTS)):
         try:
             with fallbacks.follow():
-                program = torch.export.export(
+                return torch.export.export(
                     model,
                     (),
                     examples,
@@ -81,8 +84,6 @@ def _export(
         except UserError as error:
             if not remaining or not _refine(dims, error):
                 raise
-        else:
-            return program, dims
     raise AssertionError("the last refinement either returns or raises")
 
 
@@ -118,10 +119,17 @@ def _refine(dims: Dims, error: UserError) -> bool:
     suggested = {letter: dim for letter, (dim,) in refined.items()}
     if any(isinstance(dim, int) for dim in suggested.values()):
         return False
-    if str(suggested["n"]) != str(dims["n"]) or residue_of(suggested["b"]) != (1, 0):  # no program is found by those
+    if str(suggested["n"]) != str(dims["n"]) or root_of(suggested["b"]) is not suggested["b"]:
+        return False  # no program is found by those
+    if any(root_of(dim) is not dim and _is_tied(dim, suggested) for dim in suggested.values()):
         return False
     dims.update(suggested)
     return True
+
+
+def _is_tied(multiple: Dim, dims: Dims) -> bool:
+    """Whether another length follows from the same number: a graph would be for no length but that one's."""
+    return sum(root_of(dim).__name__ == root_of(multiple).__name__ for dim in dims.values()) > 1
 
 
 def _dynamic_shapes(signature: Signature, sizes: dict[str, int], dims: Dims) -> dict[str, dict[int, Dim]]:

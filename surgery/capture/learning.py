@@ -174,13 +174,20 @@ def _twin(module: nn.Module, mode: FakeTensorMode | None) -> nn.Module:
 
 def _example(leaf: Any, sizes: Sizes) -> Any:
     if isinstance(leaf, Number):
-        return int(leaf.expr.subs(sizes))
+        return _whole(leaf.expr, sizes)
     if not isinstance(leaf, TensorSpec):
         return leaf
-    shape = [int(size.subs(sizes)) for size in leaf.shape]
+    shape = [_whole(size, sizes) for size in leaf.shape]
     if leaf.dtype.is_floating_point:
         return torch.randn(shape, dtype=leaf.dtype, device=leaf.device)
     return torch.ones(shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def _whole(expr: sympy.Expr, sizes: Sizes) -> int:
+    value = expr.subs(sizes)
+    if not value.is_Integer:
+        raise ValueError(f"{expr} is no whole number at {list(sizes.values())}")
+    return int(value)
 
 
 def _learn(path: str, column: tuple[Any, ...], trials: list[Sizes]) -> Any:

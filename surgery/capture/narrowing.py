@@ -18,7 +18,7 @@ from surgery.capture.candidates import ModuleClass, outermost_classes, parts_of
 from surgery.capture.learning import learn_all
 from surgery.capture.opaque import OpaqueModules, UnlearnedError
 from surgery.capture.places import find_modules_around
-from surgery.errors import CaptureError
+from surgery.errors import CaptureError, UnsupportedOperationError
 
 T = TypeVar("T")
 MOST_REQUESTS = 64
@@ -74,7 +74,7 @@ class Narrowing(Generic[T]):
                     learn_all(self.opaque, request)
                 except Exception as error:
                     self._reject(request.module_class, error)
-            except CaptureError as error:
+            except (CaptureError, UnsupportedOperationError) as error:
                 around = [type(module) for _, module in find_modules_around(self.opaque.model, error)]
                 if not around or around[0] not in self.opaque.reasons:
                     break

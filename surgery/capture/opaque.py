@@ -114,7 +114,6 @@ class OpaqueModules:
 
         `sizes` are those of the model's inputs, read when its forward begins.
         """
-        self.calls.clear()
         with ExitStack() as stack:
             for path, module in list(self.paths()):
                 stack.enter_context(mock.patch.object(module, "forward", self._recorder(path, module, sizes)))

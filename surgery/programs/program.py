@@ -44,11 +44,13 @@ class Program:
 
     @property
     def has_assumptions(self) -> bool:
-        return len(self.context.assumptions) > 0
+        return len(self.context.assumptions) > 0 or len(set(self.context.lengths)) < len(self.context.lengths)
 
     def serves(self, batch_size: int, *lengths: int) -> bool:
         """Whether these sizes are on the same side of the model's branches as the captured ones."""
         sizes = dict(zip(self.context.lengths, lengths, strict=True))
+        if any(sizes[symbol] != length for symbol, length in zip(self.context.lengths, lengths, strict=True)):
+            return False  # the graph is for two sequences of one length
         if self.context.batch is not None:  # none varies where a graph is for a batch of one
             sizes[self.context.batch] = batch_size
         return all(condition.subs(sizes) == sympy.true for condition in self.context.assumptions)

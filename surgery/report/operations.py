@@ -102,7 +102,7 @@ def _reads_gathered(node: fx.Node) -> bool:
 
 def _gathered(node: fx.Node) -> Gathered:
     facts = facts_of(node)
-    reason = facts.reason or f"a {facts.family} over the whole sequence"
+    reason = facts.reason or f"{facts.family}: reads the whole sequence"
     return Gathered(short_target(node), module_path(node), source_line(node), reason)
 
 

@@ -147,21 +147,28 @@ def float_is_double() -> Iterator[None]:
     Both models would round to 1e-7 there, in different orders of summation, and hide what a float64 proof is to show.
     Integers, such as positions, become float32 all the same: transformers multiplies them with float32 frequencies.
     """
+    to_float32 = Tensor.float
+
+    def to_float(x: Tensor, **options: Any) -> Tensor:
+        return x if x.dtype == torch.float64 else to_float32(x, **options)
+
     with ExitStack() as stack:
-        for owner, name in ((Tensor, "float"), (Tensor, "to"), (Tensor, "softmax"), (F, "softmax"), (torch, "softmax")):
+        stack.enter_context(mock.patch.object(Tensor, "float", to_float))
+        for owner, name in ((Tensor, "to"), (Tensor, "softmax"), (F, "softmax"), (torch, "softmax")):
             stack.enter_context(mock.patch.object(owner, name, _keeping_double(getattr(owner, name))))
         yield
 
 
 def _keeping_double(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The same function, which takes a `dtype` of float32 for float64 where it is given a tensor of that."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else kwargs["input"]
         if x.dtype != torch.float64:
-            return function(x, *args, **kwargs)
-        if function.__name__ == "float":
-            return x
+            return function(*args, **kwargs)
         given = [torch.float64 if value is torch.float32 else value for value in args]
         named = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
-        return function(x, *given, **named)
+        return function(*given, **named)
 
     return call
 
