@@ -30,7 +30,8 @@ def to_expr(size: int | torch.SymInt) -> sympy.Expr:
 
 def expr_of(value: torch.SymInt | torch.SymBool) -> Any:
     """The sympy expression of a traced size, or of a truth about sizes."""
-    return value.node.expr.subs(_lengths_by_root.get(value.node.shape_env, {}))
+    names = _lengths_by_root.get(value.node.shape_env)
+    return value.node.expr.subs(names) if names else value.node.expr
 
 
 def name_length(size: torch.SymInt) -> None:

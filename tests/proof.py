@@ -53,7 +53,12 @@ def prove_batches(
     name: str, sp_size: int, batches: Iterable[dict[str, Any]], **changes: Any
 ) -> tuple[list[dict[str, float]], int]:
     """The errors of each batch of one tiny model, on this rank, and how many graphs they took."""
-    return prove_calls(make_model(name, **changes), sp_size, [(lambda model: None, batch) for batch in batches])
+    return prove_unchanged(make_model(name, **changes), sp_size, batches)
+
+
+def prove_unchanged(model: Any, sp_size: int, batches: Iterable[dict[str, Any]]) -> tuple[list[dict[str, float]], int]:
+    """The same of a model that is at hand."""
+    return prove_calls(model, sp_size, [(lambda model: None, batch) for batch in batches])
 
 
 def assert_exact(results: list[dict[str, float]], dtype: torch.dtype = torch.float32) -> None:

@@ -54,6 +54,7 @@ from surgery.metadata import Skip, where
 from surgery.private import export_patches, refused_specialization, told_eager, without_fake_tensor_cache
 from surgery.shapes import Lengths, name_length, residue_of, to_expr
 
+Ranges = Mapping[sympy.Symbol, Any]
 _captures = itertools.count()
 
 
@@ -115,9 +116,9 @@ def capture(
     if not signature.letters:
         raise CaptureError(f"expected sequences of two tokens or more, found {signature} of one. Pad it to two.")
     fallbacks = Fallbacks(sides)
+    trace = partial(_trace, model, signature, example, fallbacks, known.divisors)
     while True:
         try:
-            trace = partial(_trace, model, signature, example, fallbacks, known.divisors)
             captured, search = trace_around(model, trace, known.opaque)
         except CaptureError as error:
             if not fallbacks.advance(error):
@@ -175,19 +176,13 @@ def _trace(
     _refuse_subgraphs(program)
     refuse_nonlinear_operators(program.graph)
     drop_buffer_writes(program, may_be_read=bool(opaque.reasons))
-    captured = _to_capture(program, signature)
-    for letter, size in _sizes(signature, program.graph_module.graph).items():
-        is_alone = len(captured.lengths) == 1
-        least = SMALLEST if letter == "b" else shortest(letter, is_alone=is_alone)
-        captured.assumptions += _conditions(size, ranges, least)
-        if (divisor := residue_of(size)[0]) > 1:
-            captured.found.divisors[letter] = divisor
+    captured = _to_capture(program, signature, ranges)
     captured.calls, captured.masks = recording.calls, recording.masks
     captured.opaque_calls, captured.sides = tuple(opaque.calls), fallbacks.taken
     return captured
 
 
-def _conditions(size: torch.SymInt, ranges: Mapping[sympy.Symbol, Any], least: int) -> list[sympy.Basic]:
+def _conditions(size: torch.SymInt, ranges: Ranges, least: int) -> list[sympy.Basic]:
     """What a program asks of a size; that it is `least` or more, its signature asks already.
 
     `ranges` are those that torch has found: of `k`, where the size is `4*k`, it says nothing when it narrows one.
@@ -252,8 +247,8 @@ def _nodes(program: ExportedProgram) -> Iterator[fx.Node]:
             yield from module.graph.nodes
 
 
-def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
-    """Turn lifted parameters into `get_attr` nodes on the live model, and find the symbols of the sizes."""
+def _to_capture(program: ExportedProgram, signature: Signature, ranges: Ranges) -> Capture:
+    """Turn lifted parameters into `get_attr` nodes on the live model, and find the sizes and what is asked of them."""
     graph = program.graph_module.graph
     specs = specs_by_name(program)
     number = next(_captures)
@@ -272,15 +267,20 @@ def _to_capture(program: ExportedProgram, signature: Signature) -> Capture:
     names = [tensor.name for tensor in signature.tensors]
     if [node.name for node in inputs] != names:
         raise CaptureError(f"expected the graph's inputs to be {names}, found {[node.name for node in inputs]}")
-    sizes = _sizes(signature, graph)
-    for size in sizes.values():
-        name_length(size)
-    lengths = tuple(_length(letter, sizes, signature) for letter in signature.letters)
-    batch = to_expr(sizes["b"]) if "b" in sizes else None
+    sizes = {letter: _size(letter, signature, inputs) for letter in signature.letters}
+    lengths = tuple(_length(name, size) for name, size in sizes.values())
+    batch_size = _size("b", signature, inputs)[1]
+    batch = to_expr(batch_size) if isinstance(batch_size, torch.SymInt) else None
     spec = program.call_spec.out_spec
     assert spec is not None
     graph.owning_module = program.graph_module
-    return Capture(graph, lengths, batch, spec, constants)
+    captured = Capture(graph, lengths, batch, spec, constants)
+    captured.assumptions += _conditions(batch_size, ranges, SMALLEST) if batch is not None else []
+    for letter, (_, size) in sizes.items():
+        captured.assumptions += _conditions(size, ranges, shortest(letter, is_alone=len(sizes) == 1))
+        if (divisor := residue_of(size)[0]) > 1:
+            captured.found.divisors[letter] = divisor
+    return captured
 
 
 def _path_of(node: fx.Node, spec: InputSpec) -> str:
@@ -320,23 +320,24 @@ def _refuse_subgraphs(program: ExportedProgram) -> None:
             )
 
 
-def _length(letter: str, sizes: Mapping[str, torch.SymInt], signature: Signature) -> sympy.Symbol:
-    length = to_expr(sizes[letter]) if letter in sizes else None
+def _length(name: str, size: int | torch.SymInt) -> sympy.Symbol:
+    length = to_expr(size)
     if not isinstance(length, sympy.Symbol):
-        name = next(tensor.name for tensor in signature.tensors if letter in tensor.dims)
         raise CaptureError(
-            f"the model fixes the sequence length of {name} while it is traced, or ties it to another. "
+            f"the model fixes the sequence length of {name} to {length} while it is traced. "
             "Expected a forward that works for any length: it branches on, or loops over, the length."
         )
     return length
 
 
-def _sizes(signature: Signature, graph: fx.Graph) -> dict[str, torch.SymInt]:
-    """The sizes that vary from call to call by their letters, read from the first input that has each."""
-    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
-    sizes: dict[str, torch.SymInt] = {}
-    for tensor in signature.tensors:
-        for dim, size in zip(tensor.dims, nodes[tensor.name].meta["val"].shape, strict=True):
-            if dim in ("b", *signature.letters) and isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
-                sizes.setdefault(str(dim), size)
-    return sizes
+def _size(letter: str, signature: Signature, inputs: list[fx.Node]) -> tuple[str, Any]:
+    """The size called `letter`, and an input that has it: a plain number where it does not vary, None without one."""
+    for tensor, node in zip(signature.tensors, inputs, strict=True):
+        if letter in tensor.dims:
+            size = node.meta["val"].shape[tensor.dims.index(letter)]
+            if isinstance(size, torch.SymInt) and not size.node.expr.free_symbols:
+                return node.name, int(size.node.expr)
+            if isinstance(size, torch.SymInt):
+                name_length(size)
+            return node.name, size
+    return "", None

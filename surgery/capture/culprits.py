@@ -20,7 +20,7 @@ from surgery.capture.candidates import ModuleClass, candidate_paths
 from surgery.capture.learning import learn_all
 from surgery.capture.narrowing import Narrowing
 from surgery.capture.opaque import OpaqueModules, UnlearnedError
-from surgery.capture.places import explain, find_modules_around
+from surgery.capture.places import explain, find_modules_around, first_line
 from surgery.errors import CaptureError
 from surgery.metadata import Skip
 
@@ -42,18 +42,18 @@ class Search:
         try:
             learn_all(self.opaque, request)
         except Exception as error:
-            self._reject(request.module_class, str(error))
+            self._reject(request.module_class, error)
 
     def advance(self, error: CaptureError, around: list[tuple[str, nn.Module]]) -> bool:
         """Choose what to make opaque next, as the trace stopped in the modules `around`; False if nothing is left."""
         allowed = set(candidate_paths(self.opaque.model))
         self.queue = list(dict.fromkeys(type(module) for path, module in around if path in allowed))
         if self.queue and self.queue[0] in self.opaque.reasons:
-            self._reject(self.queue[0], str(error))
+            self._reject(self.queue[0], error)
         return self._try_next(explain(error))
 
-    def _reject(self, module_class: ModuleClass, reason: str) -> None:
-        self.rejected[module_class] = reason.splitlines()[0] if reason else "no reason was given"
+    def _reject(self, module_class: ModuleClass, error: Exception) -> None:
+        self.rejected[module_class] = first_line(error)
         self._try_next(self.opaque.reasons.pop(module_class))
 
     def _try_next(self, reason: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from surgery.capture.candidates import ModuleClass, outermost_classes, parts_of
 from surgery.capture.learning import learn_all
 from surgery.capture.opaque import OpaqueModules, UnlearnedError
-from surgery.capture.places import find_modules_around
+from surgery.capture.places import find_modules_around, first_line
 from surgery.errors import CaptureError, UnsupportedOperationError
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Narrowing(Generic[T]):
         return None
 
     def _reject(self, module_class: ModuleClass, error: Exception) -> None:
-        self.rejected[module_class] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.rejected[module_class] = first_line(error)
         self.opaque.reasons = dict.fromkeys(self._callable(self.opaque.reasons), self.why)
 
     def _callable(self, classes: Iterable[ModuleClass]) -> Iterator[ModuleClass]:

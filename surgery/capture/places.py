@@ -38,6 +38,11 @@ def explain(error: BaseException) -> str:
     return f"{words}{find_place(error)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    return str(error).splitlines()[0] if str(error) else "no reason was given"
+
+
 def find_place(error: BaseException) -> str:
     """` (modeling.py:12)`, the line of the model's code where a trace stopped, or "" if unknown."""
     lines = [place for cause in causes_of(error) for place in _places(cause.__traceback__)]
