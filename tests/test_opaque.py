@@ -148,10 +148,11 @@ def test_named_in_the_report() -> None:
 
 
 def test_what_was_found_once_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = transform(make_opaque(Loop), 4)
+    model: Any = transform(make_opaque(Loop), 4)
     monkeypatch.setattr(culprits.Search, "advance", lambda *_: pytest.fail("searched again"))
-    model.surgery.prepare(**make_batch(1, 32))
-    assert [call.module_class for call in model.surgery.programs[-1].context.opaque_calls] == ["Loop"]
+    for twin in (copy.deepcopy(model), model):
+        twin.surgery.prepare(**make_batch(1, 32))
+        assert [call.module_class for call in twin.surgery.programs[-1].context.opaque_calls] == ["Loop"]
 
 
 def test_calls_of_a_trace_that_was_asked_for_anew_are_forgotten() -> None:

@@ -17,6 +17,7 @@ from surgery.cli import main
 from surgery.errors import CaptureError
 from surgery.verify.batches import KINDS, make_batch
 from surgery.verify.catalog import Architecture, find_architecture, list_architectures
+from surgery.verify.comparison import TOLERANCE
 from surgery.verify.coverage import coverage_page
 from surgery.verify.ranks import RankPool, RanksLostError
 from surgery.verify.shrink import shrink
@@ -57,6 +58,18 @@ def test_a_wrong_loss_is_found_out(pair: RankPool) -> None:
     assert outcome.verdict == WRONG
     assert outcome.error is not None
     assert outcome.error > 0.1
+
+
+def _try_with_no_tolerance(architecture: Architecture, kinds: list[str]) -> list[Outcome]:
+    with mock.patch.dict(TOLERANCE, {torch.float32: 0.0}):
+        return _try(architecture, kinds)
+
+
+def test_rounding_is_told_from_errors(pair: RankPool) -> None:
+    mixtral = Architecture("causal-lm", "MixtralForCausalLM", "mixtral")
+    (outcome,) = pair.run(_try_with_no_tolerance, mixtral, ["uneven"])[0]
+    assert outcome.verdict == EXACT and "float32 rounding" in outcome.reason
+    assert outcome.error is not None and outcome.error < TOLERANCE[torch.float64]
 
 
 def test_what_is_gathered_is_named(pair: RankPool) -> None:

@@ -59,9 +59,11 @@ class Programs:
         self._find_while_compiling = make_constant_finder(self)
 
     def copied_for(self, model: nn.Module, mesh: SequenceMesh | None, images: ImageMerger) -> Programs:
-        """The same programs for a copy of the model."""
+        """The same programs for a copy of the model, and what their captures found out."""
         twin = Programs(model, self.options, mesh, images)
         twin.captured, twin.constants = list(self.captured), self.constants
+        for is_training, known in self._known.items():
+            twin._known[is_training].add(known)
         return twin
 
     @property

@@ -84,10 +84,10 @@ def build(make: MakeModel, config: PreTrainedConfig) -> nn.Module:
 class Twins:
     """A model and its transformed twin, which all kinds of input share: a signature is captured once."""
 
-    def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int) -> None:
+    def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int, twin: Any = None) -> None:
         self.model, self.config, self.sp_size = model, config, sp_size
         self.error: Exception | None = None
-        self._twin: Any = None
+        self._twin = twin
         self._closing = ExitStack()
 
     def __enter__(self) -> Twins:
@@ -119,11 +119,18 @@ class Twins:
 
     @functools.cached_property
     def in_float64(self) -> Twins:
-        twin = copy.deepcopy(self.model).double()
-        for module in twin.modules():
-            if hasattr(getattr(module, "config", None), "_experts_implementation"):
-                module.config._experts_implementation = "eager"  # type: ignore[union-attr]  # grouped_mm has no float64
-        return self._closing.enter_context(Twins(twin, self.config, self.sp_size))
+        """Copies of both: the twin's captures begin with what those in float32 found out about the model."""
+        model, twin = _in_float64(self.model), _in_float64(self.transformed())
+        self._closing.callback(restore, twin)
+        return self._closing.enter_context(Twins(model, self.config, self.sp_size, twin))
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"  # type: ignore[union-attr]  # grouped_mm has no float64
+    return twin
 
 
 def try_kind(twins: Twins, kind: str) -> Outcome:
