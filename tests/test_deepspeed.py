@@ -52,6 +52,9 @@ CASES = [(world, stage) for world in ("2 ranks, sp 2", "4 ranks, sp 2", "4 ranks
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """Ranks of their own: DeepSpeed keeps process groups in globals."""
     num_ranks, _, _, sp_size = request.param.replace(",", "").split()
+    if num_ranks == "2":
+        yield World(request.getfixturevalue("pair"), int(sp_size))
+        return
     pool = RankPool(int(num_ranks))
     yield World(pool, int(sp_size))
     pool.close()
@@ -121,42 +124,46 @@ def train(engine: Any) -> Trained:
     return Trained(*found[0], whole_weights(engine))
 
 
-def _prove(stage: int, sp_size: int, is_checkpointed: bool = False, **config: Any) -> dict[str, float]:
+def _prove(stage: int, sp_size: int) -> dict[str, float]:
     """Five steps of SGD as they are, and of AdamW with clipping."""
-    worst: dict[str, float] = {}
-    for optimizer, clips in (("sgd", False), ("adamw", True)):
-        expected = train_unsharded(model_to_train(), optimizer, clips=clips)
-        model = copy.deepcopy(transformed(sp_size))
-        if is_checkpointed:
-            model.gradient_checkpointing_enable()
-        captured = len(model.surgery.programs)
-        engine = initialize(model, stage, optimizer, gradient_clipping=MAX_NORM if clips else 0.0, **config)
-        found = errors(train(engine), expected)
-        engine.destroy()
-        assert len(model.surgery.programs) == captured, "an engine must not capture again"
-        worst |= {f"{optimizer} {name}": error for name, error in found.items()}
-    return worst
+    by_adamw = _prove_steps(stage, sp_size, "adamw", clips=True)
+    return _prove_steps(stage, sp_size) | {f"adamw {name}": error for name, error in by_adamw.items()}
+
+
+def _prove_steps(
+    stage: int, sp_size: int, optimizer: str = "sgd", clips: bool = False, is_checkpointed: bool = False, **config: Any
+) -> dict[str, float]:
+    expected = train_unsharded(model_to_train(), optimizer, clips=clips)
+    model = copy.deepcopy(transformed(sp_size))
+    if is_checkpointed:
+        model.gradient_checkpointing_enable()
+    captured = len(model.surgery.programs)
+    engine = initialize(model, stage, optimizer, gradient_clipping=MAX_NORM if clips else 0.0, **config)
+    found = errors(train(engine), expected)
+    engine.destroy()
+    assert len(model.surgery.programs) == captured, "an engine must not capture again"
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "stage"), sampled(CASES, {*CASES[:2], CASES[3], CASES[6]}), indirect=["world"])
+@pytest.mark.parametrize(("world", "stage"), sampled(CASES, {CASES[0], CASES[3], CASES[6]}), indirect=["world"])
 def test_trains_to_the_unsharded_weights(world: World, stage: int) -> None:
     assert_exact(world.run(_prove, stage, world.sp_size))
 
 
 def test_stage_3_by_its_other_way_of_reducing(pair: RankPool) -> None:
     """Without reduce-scatter, stage 3 multiplies by the sequence-parallel size it knows of; with it, it does not."""
-    assert_exact(pair.run(_prove, 3, 2, zero={"reduce_scatter": False}))
+    assert_exact(pair.run(_prove_steps, 3, 2, zero={"reduce_scatter": False}))
 
 
 def test_stage_3_with_gradient_checkpointing(pair: RankPool) -> None:
-    assert_exact(pair.run(_prove, 3, 2, is_checkpointed=True))
+    assert_exact(pair.run(_prove_steps, 3, 2, is_checkpointed=True))
 
 
 def test_stage_3_with_layers_as_units(pair: RankPool) -> None:
     """`leaf_module` of the config: a decoder layer is gathered as one."""
     leaves = {"leaf_module": {"classes": ["transformers.models.llama.modeling_llama.LlamaDecoderLayer"]}}
-    assert_exact(pair.run(_prove, 3, 2, zero=leaves))
+    assert_exact(pair.run(_prove_steps, 3, 2, zero=leaves))
 
 
 def _prove_architecture(name: str, **changes: Any) -> dict[str, float]:

@@ -156,12 +156,10 @@ def _prove_blockwise(model_type: str, sp_size: int, lengths: tuple[int, ...]) ->
         return prove_unchanged(model, sp_size, [make_batch(2, length) for length in lengths])
 
 
-@pytest.mark.parametrize(
-    ("sp_size", "lengths"), [(2, (31,)), pytest.param(4, (32, 31, 40), marks=pytest.mark.sweep, id="4-ranks")]
-)
-def test_compressed_attention(ranks: RankPool, sp_size: int, lengths: tuple[int, ...]) -> None:
+def test_compressed_attention(world: World) -> None:
     """Keys of the tokens, and of every 8 of them in one layer, of every 4 in the other."""
-    results = ranks.run(_prove_blockwise, "deepseek_v4", sp_size, lengths)
+    lengths = {2: (31,), 4: (32, 31, 40)}[world.sp_size]
+    results = world.run(_prove_blockwise, "deepseek_v4", world.sp_size, lengths)
     assert_calls_exact(results, num_programs=min(len(lengths), 2), dtype=torch.float64)
 
 
