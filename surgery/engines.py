@@ -40,6 +40,7 @@ MARKS = (
     "_is_fsdp_managed_module",
     "_fsdp_use_orig_params",
     "_is_full_backward_hook",
+    "_is_torch_compile",
 )
 
 

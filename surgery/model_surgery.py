@@ -60,7 +60,7 @@ class ModelSurgery:
     @property
     def programs(self) -> list[Program]:
         """The rewritten graphs, one for each call signature seen so far, the training step's first."""
-        return self._programs.captured
+        return list(self._programs.captured.values())
 
     @property
     def constants(self) -> types.SimpleNamespace:

@@ -1,8 +1,10 @@
-"""Sizes as graph nodes: from a symbolic expression to the arithmetic that computes it when the graph runs."""
+"""Symbolic sizes as arithmetic: nodes that compute one when the graph runs, a function that checks some before."""
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -10,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
+from torch.utils._sympy.printers import PythonPrinter
 
 from surgery.errors import CaptureError
 
@@ -22,14 +25,41 @@ def size_node(graph: fx.Graph, expr: sympy.Expr, sizes: dict[sympy.Symbol, fx.No
         return int(expr)
     if isinstance(expr, sympy.Symbol) and expr in sizes:
         return sizes[expr]
-    dividend, divisor = sympy.fraction(sympy.together(expr))
-    if divisor != 1:  # (s - 1)/4, where s is 4*k + 1
-        return _call(graph, operator.floordiv, size_node(graph, sympy.expand(dividend), sizes), int(divisor))
+    dividend, divisor = _quotient(expr)
+    if divisor != 1:
+        return _call(graph, operator.floordiv, size_node(graph, dividend, sizes), divisor)
     function = ARITHMETIC.get(type(expr))
     if function is None:
         raise CaptureError(f"a size of {expr} depends on data. Expected sizes that follow from those of the inputs.")
     terms = [size_node(graph, term, sizes) for term in expr.args]
     return reduce(lambda a, b: _call(graph, function, a, b), terms)
+
+
+def predicate(symbols: Sequence[sympy.Symbol], conditions: Iterable[sympy.Basic]) -> Callable[..., bool]:
+    """`holds(*sizes)`, for a size of each symbol: plain arithmetic, which Dynamo can follow too."""
+    terms = [f"({_WholeQuotients().doprint(condition)})" for condition in conditions]
+    source = f"lambda {', '.join(map(str, symbols))}: {' and '.join(['True', *terms])}"
+    return eval(source, {"math": math, "torch": torch})
+
+
+class _WholeQuotients(PythonPrinter):
+    """Python for an expression of sizes, where torch would print a float for `(s - 1)/4`."""
+
+    def _print_Add(self, expr: sympy.Expr, order: str | None = None) -> str:  # noqa: N802
+        return self._as_quotient(expr) or str(super()._print_Add(expr, order))
+
+    def _print_Mul(self, expr: sympy.Expr) -> str:  # noqa: N802
+        return self._as_quotient(expr) or str(super()._print_Mul(expr))
+
+    def _as_quotient(self, expr: sympy.Expr) -> str | None:
+        dividend, divisor = _quotient(expr)
+        return f"(({self.doprint(dividend)}) // {divisor})" if divisor != 1 else None
+
+
+def _quotient(expr: sympy.Expr) -> tuple[sympy.Expr, int]:
+    """A whole number as one division: `(s - 1)/4`, where s is 4*k + 1, is s - 1 and 4."""
+    dividend, divisor = sympy.fraction(sympy.together(expr))
+    return (sympy.expand(dividend), int(divisor)) if divisor != 1 else (expr, 1)
 
 
 def times(graph: fx.Graph, size: fx.Node, factor: Size) -> fx.Node:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgery import restore, transform
 from surgery.verify.comparison import TOLERANCE, compare, gradients_of, relative_error
 from surgery.verify.ranks import RankPool
+from tests.planted import plant
 from tests.proof import assert_exact
 from tests.sampling import sampled
 from tests.worlds import World
 from tests.zoo import make_batch, make_model
+
+
+class Ran(NamedTuple):
+    """What came of a compiled model: its worst error, graph breaks, and how many programs it has."""
+
+    worst: float
+    num_breaks: int
+    num_programs: int
+
 
 LENGTHS = (32, 48, 33, 64, 31, 32)
 COMPILED_FIRST = 2  # the first length is compiled as a constant, the second makes the dimension dynamic
@@ -37,27 +47,54 @@ def _errors(model: Any, reference: Any, compiled: Any, length: int) -> float:
     return max(errors)
 
 
-def _run_lengths(name: str, sp_size: int, is_training: bool) -> tuple[float, int]:
-    """The worst error over all lengths, of which only the first two may compile, and the graph breaks."""
+def _run_lengths(
+    model: Any, sp_size: int, compiled_for: tuple[int, ...], served: tuple[int, ...], backend: str = "aot_eager"
+) -> Ran:
+    """Of the lengths, Dynamo may compile for those in the first list."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = make_model(name).train(is_training)
     reference = copy.deepcopy(model)
     transform(model, sp_size)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    worst = max(_errors(model, reference, compiled, length) for length in LENGTHS[:COMPILED_FIRST])
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    errors = [_errors(model, reference, compiled, length) for length in compiled_for]
     with torch.compiler.set_stance("fail_on_recompile"):
-        worst = max([worst, *(_errors(model, reference, compiled, length) for length in LENGTHS[COMPILED_FIRST:])])
+        errors += [_errors(model, reference, compiled, length) for length in served]
     num_breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    num_programs = len(model.surgery.programs)
     restore(model)
-    return worst, num_breaks
+    return Ran(max(errors), num_breaks, num_programs)
 
 
-@pytest.mark.parametrize(("name", "is_training"), sampled([("llama", True), ("gpt2", False)], {("llama", True)}))
+def _run_architecture(name: str, sp_size: int, is_training: bool) -> Ran:
+    model = make_model(name).train(is_training)
+    return _run_lengths(model, sp_size, LENGTHS[:COMPILED_FIRST], LENGTHS[COMPILED_FIRST:])
+
+
+ARCHITECTURES = [("llama", True), ("gpt2", False), ("bert", True)]
+"""The last looks positions up in a table, which bounds the length."""
+
+
+@pytest.mark.parametrize(("name", "is_training"), sampled(ARCHITECTURES, {("bert", True)}))
 def test_one_graph_for_all_lengths(world: World, name: str, is_training: bool) -> None:
-    for worst, num_breaks in world.run(_run_lengths, name, world.sp_size, is_training):
-        assert num_breaks == 0
-        assert worst <= TOLERANCE[torch.float32]
+    for ran in world.run(_run_architecture, name, world.sp_size, is_training):
+        assert ran.num_breaks == 0 and ran.num_programs == 1
+        assert ran.worst <= TOLERANCE[torch.float32]
+
+
+def _weighed_by_length(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (2 if x.shape[1] > 40 else 1)
+
+
+def _run_branch(sp_size: int) -> Ran:
+    """A short length is captured while Dynamo traces, for which it makes a constant of it; a shorter one is not."""
+    model = plant(make_model("llama"), _weighed_by_length)
+    return _run_lengths(model, sp_size, (32, 48, 31), (12, 40, 41), backend="eager")
+
+
+def test_one_graph_for_each_side_of_a_branch_on_the_length(world: World) -> None:
+    for ran in world.run(_run_branch, world.sp_size):
+        assert ran.num_breaks == 0 and ran.num_programs == 2
+        assert ran.worst <= TOLERANCE[torch.float32]
 
 
 def _prove_inductor() -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from surgery.errors import CaptureError
-from surgery.sizes import size_node
+from surgery.sizes import predicate, size_node
 
 S, B = sympy.symbols("s b", integer=True, positive=True)
 
@@ -34,6 +34,22 @@ def test_size(expr: sympy.Expr) -> None:
     sizes[S].meta["val"], sizes[B].meta["val"] = 33, 2
     node = size_node(graph, expr, sizes)
     assert isinstance(node, fx.Node) and node.meta["val"] == expr.subs({S: 33, B: 2})
+
+
+@pytest.mark.parametrize(
+    ("condition", "holds"),
+    [
+        (sympy.Eq(Mod(S, 4), 1), True),
+        (S >= 34, False),
+        (B * (S / 4 - sympy.Rational(1, 4)) >= 16, True),
+        (sympy.Ne(FloorDiv(S / 3 - 1, 2), 5), False),
+        (sympy.Or(S < 12, Max(B, S) > 32), True),
+        (sympy.Not(sympy.And(S > 12, PythonMod(-S, 8) > 1)), False),
+    ],
+)
+def test_predicate(condition: sympy.Basic, holds: bool) -> None:
+    """Of the same sizes, and in whole numbers, as floats would round a third of the length."""
+    assert predicate([B, S], [S >= 2, condition])(2, 33) is holds
 
 
 def test_data_is_no_size() -> None:

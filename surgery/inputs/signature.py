@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,8 +88,13 @@ class BoundCall:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The batch size and the lengths, as plain numbers: what a graph is captured with."""
-        return int(self.batch_size), *(int(length) for length in varying(self.lengths).values())
+        """The batch size and the lengths."""
+        return self.batch_size, *varying(self.lengths).values()
+
+    @property
+    def plain_sizes(self) -> tuple[int, ...]:
+        """The same as numbers, for Dynamo too, which would keep them symbolic: what a graph is captured with."""
+        return tuple(operator.index(size) for size in self.sizes)
 
     @property
     def kind(self) -> tuple[TensorInputs, Constants]:

@@ -22,6 +22,7 @@ from surgery.inputs.signature import Signature
 from surgery.metadata import Context, facts_of
 from surgery.placement import Placement, Sharded
 from surgery.programs.segments import Cuts, cut_graph
+from surgery.sizes import predicate
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,17 @@ class Program:
     def has_assumptions(self) -> bool:
         return len(self.context.assumptions) > 0 or len(set(self.context.lengths)) < len(self.context.lengths)
 
-    def serves(self, batch_size: int, *lengths: int) -> bool:
-        """Whether these sizes are on the same side of the model's branches as the captured ones."""
-        sizes = dict(zip(self.context.lengths, lengths, strict=True))
-        if any(sizes[symbol] != length for symbol, length in zip(self.context.lengths, lengths, strict=True)):
-            return False  # the graph is for two sequences of one length
-        if self.context.batch is not None:  # none varies where a graph is for a batch of one
-            sizes[self.context.batch] = batch_size
-        return all(condition.subs(sizes) == sympy.true for condition in self.context.assumptions)
+    @functools.cached_property
+    def serves(self) -> Callable[..., bool]:
+        """`serves(B, *lengths)`: whether these sizes are on the captured ones' side of the model's branches."""
+        batch, lengths = self.context.batch, list(self.context.lengths)
+        conditions = list(self.context.assumptions)
+        if len(set(lengths)) < len(lengths):  # the graph is for two sequences of one length
+            lengths[1] = sympy.Symbol("other", integer=True)
+            conditions.append(sympy.Eq(*lengths))
+        if batch is None:  # none varies where a graph is for a batch of one
+            batch = sympy.Symbol("batch_size", integer=True)
+        return predicate([batch, *lengths], conditions)
 
     def takes(self, sides: Sides | None) -> bool:
         """Whether the graph begins with these sides of the model's branches on data."""

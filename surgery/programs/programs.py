@@ -43,7 +43,8 @@ class Programs:
     """The programs of `model` on its mesh, or on rank 0 of P where the model is only looked at.
 
     Attributes:
-        captured: in the order of the calls they were captured for.
+        captured: by number, in the order of the calls they were captured for. A dict, as Dynamo compiles again where a
+            list that it has read from grows.
         constants: the tensors that traces made; a graph reads them as `model.surgery.constants.NAME`.
     """
 
@@ -52,7 +53,8 @@ class Programs:
         self.options = options
         self.mesh = mesh
         self.images = images
-        self.captured: list[Program] = []
+        self.captured: dict[int, Program] = {}
+        self._serving: dict[int, Callable[..., bool]] = {}
         self.constants = types.SimpleNamespace()
         self._known = {is_training: Known() for is_training in (True, False)}
         self._key = f"programs {next(_keys)}"
@@ -61,7 +63,7 @@ class Programs:
     def copied_for(self, model: nn.Module, mesh: SequenceMesh | None, images: ImageMerger) -> Programs:
         """The same programs for a copy of the model, and what their captures found out."""
         twin = Programs(model, self.options, mesh, images)
-        twin.captured, twin.constants = list(self.captured), self.constants
+        twin.captured, twin._serving, twin.constants = dict(self.captured), dict(self._serving), self.constants
         for is_training, known in self._known.items():
             twin._known[is_training].add(known)
         return twin
@@ -85,13 +87,17 @@ class Programs:
                 torch.set_rng_state(drawn)  # the other side's seeds are the same: a branch may be on a draw
 
     def run_while_compiling(self, call: BoundCall, deal_out: DealOut | None) -> Any:
-        """The same for Dynamo, which makes constants of sizes that are asked for: only where they matter."""
+        """The same for Dynamo, which compiles again for sizes that the program does not serve.
+
+        It reads `captured` last: a program that is captured while it traces would not be in what it has read before.
+        """
         inputs, constants = call.kind
         find = self._find_while_compiling
-        program = self.captured[find(self._key, inputs, constants, self.model.training, None)]
-        if program.has_assumptions:
-            program = self.captured[find(self._key, inputs, constants, self.model.training, call.sizes)]
-        return program.run(self.model, call.tensors, deal_out)
+        for number in find(self._key, inputs, constants, self.model.training, None):
+            if self._serving[number](*call.sizes):
+                return self.captured[number].run(self.model, call.tensors, deal_out)
+        (number,) = find(self._key, inputs, constants, self.model.training, call.plain_sizes)
+        return self.captured[number].run(self.model, call.tensors, deal_out)
 
     def prepare(self, call: BoundCall) -> Program:
         """The program for a bound call, captured now if there is none."""
@@ -107,18 +113,25 @@ class Programs:
         return Signature(inputs, constants, self.model.training, autocast, fingerprint(self.model))
 
     def find(self, signature: Signature, sizes: tuple[int, ...] | None, sides: Sides | None = None) -> int:
-        """The index of the program for a call, captured now if there is none.
+        """The number of the program for a call, captured now if there is none.
 
         `sizes` (B, S, T): one that serves them. `sides`: one that begins with those of the model's branches on data.
         """
-        for index, program in enumerate(self.captured):
+        for number, program in self.captured.items():
             is_found = program.signature == signature and program.takes(sides)
             if is_found and (sizes is None or program.serves(*sizes)):
-                self.captured[index] = relink(program, find_cuts(self.model))
-                return index
+                self.captured[number] = relink(program, find_cuts(self.model))
+                return number
         lengths = example_lengths(self.options.seq_length)[: len(signature.letters)]
-        self.captured.append(self._build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, *lengths), sides))
-        return len(self.captured) - 1
+        program = self._build(signature, sizes or (DEFAULT_EXAMPLE_BATCH_SIZE, *lengths), sides)
+        number = len(self.captured)
+        self.captured[number], self._serving[number] = program, program.serves
+        return number
+
+    def find_all(self, signature: Signature) -> tuple[int, ...]:
+        """The numbers of the programs for calls of one signature; one is captured if there is none."""
+        self.find(signature, None)
+        return tuple(number for number, program in self.captured.items() if program.signature == signature)
 
     def _find_fitting(self, signature: Signature, sizes: tuple[int, ...], sides: Sides | None) -> Program:
         program = self.captured[self.find(signature, None, sides)]
@@ -176,8 +189,8 @@ def find_cuts(model: nn.Module) -> Cuts:
     return Cuts(hooked_modules(model), checkpointed_layers(model))
 
 
-def make_constant_finder(programs: Programs) -> Callable[..., int]:
-    """`programs.find` for Dynamo: run once while tracing, in a thread that Dynamo's modes do not reach.
+def make_constant_finder(programs: Programs) -> Callable[..., tuple[int, ...]]:
+    """`programs.find_all`, and `find` where sizes are given, for Dynamo: run once while it traces, in a thread.
 
     A closure, as Dynamo of torch 2.11 takes nothing but constants for arguments; all closures are one to Dynamo, which
     tells the programs of a model from those of its copy by their key.
@@ -186,11 +199,12 @@ def make_constant_finder(programs: Programs) -> Callable[..., int]:
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def find_while_compiling(
         key: str, inputs: TensorInputs, constants: Constants, is_training: bool, sizes: tuple[int, ...] | None
-    ) -> int:
+    ) -> tuple[int, ...]:
         """`is_training` is the model's, which Dynamo compiles again for."""
 
-        def find() -> int:
-            return programs.find(programs.read_signature(inputs, constants), sizes)
+        def find() -> tuple[int, ...]:
+            signature = programs.read_signature(inputs, constants)
+            return programs.find_all(signature) if sizes is None else (programs.find(signature, sizes),)
 
         with ThreadPoolExecutor(max_workers=1) as thread:
             return thread.submit(find).result()
