@@ -1,4 +1,4 @@
-"""What training engines put on a model, and how to see through it: FSDP2's `fully_shard`, and DeepSpeed's ZeRO.
+"""What others put on a model, and how to see through it: FSDP2's `fully_shard`, DeepSpeed's ZeRO, torch.compile.
 
     a hook on a layer           gathers the layer's parameters before its forward, and releases them behind it
     a parameter                 a DTensor, or empty, where it is sharded: the whole shape is still written on it
@@ -40,7 +40,8 @@ MARKS = (
     "_is_fsdp_managed_module",
     "_fsdp_use_orig_params",
     "_is_full_backward_hook",
-    "_is_torch_compile",
+    "_is_torch_compile",  # what torch.compile(model) leaves there, and model.compile()
+    "_compiled_call_impl",
 )
 
 
@@ -60,7 +61,7 @@ def hooked_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def is_mark(name: str) -> bool:
-    """Whether a module's attribute is an engine's."""
+    """Whether a module's attribute is an engine's, or torch.compile's."""
     return name.startswith(MARKS)
 
 

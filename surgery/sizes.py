@@ -36,10 +36,20 @@ def size_node(graph: fx.Graph, expr: sympy.Expr, sizes: dict[sympy.Symbol, fx.No
 
 
 def predicate(symbols: Sequence[sympy.Symbol], conditions: Iterable[sympy.Basic]) -> Callable[..., bool]:
-    """`holds(*sizes)`, for a size of each symbol: plain arithmetic, which Dynamo can follow too."""
-    terms = [f"({_WholeQuotients().doprint(condition)})" for condition in conditions]
-    source = f"lambda {', '.join(map(str, symbols))}: {' and '.join(['True', *terms])}"
-    return eval(source, {"math": math, "torch": torch})
+    """`holds(*sizes)`, for a size of each symbol: plain arithmetic, which Dynamo can follow too.
+
+    That `s` is 4*k + 1 stands before what is asked of `(s - 1)/4`: quotients are taken to be whole. Raises
+    `CaptureError` where there is no such arithmetic.
+    """
+    try:
+        terms = [f"({_WholeQuotients().doprint(condition)})" for condition in conditions]
+        source = f"lambda {', '.join(map(str, symbols))}: {' and '.join(['True', *terms])}"
+        return eval(source, {"math": math, "torch": torch})
+    except (NotImplementedError, SyntaxError, TypeError) as error:
+        raise CaptureError(
+            f"the graph is for some sizes only, and which cannot be told: {error}. "
+            "Expected conditions in whole numbers. Take the branch on the length or the batch size out of the model."
+        ) from error
 
 
 class _WholeQuotients(PythonPrinter):
@@ -50,6 +60,9 @@ class _WholeQuotients(PythonPrinter):
 
     def _print_Mul(self, expr: sympy.Expr) -> str:  # noqa: N802
         return self._as_quotient(expr) or str(super()._print_Mul(expr))
+
+    def _print_Function(self, expr: sympy.Expr) -> str:  # noqa: N802
+        raise NotImplementedError(f"{expr} has no arithmetic")
 
     def _as_quotient(self, expr: sympy.Expr) -> str | None:
         dividend, divisor = _quotient(expr)

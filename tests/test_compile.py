@@ -19,6 +19,9 @@ from tests.sampling import sampled
 from tests.worlds import World
 from tests.zoo import make_batch, make_model
 
+COMPILED_FOR, SERVED = (32, 48), (33, 64, 31, 32)
+"""The first length is compiled as a constant, the second makes the dimension dynamic."""
+
 
 class Ran(NamedTuple):
     """What came of a compiled model: its worst error, graph breaks, and how many programs it has."""
@@ -26,10 +29,6 @@ class Ran(NamedTuple):
     worst: float
     num_breaks: int
     num_programs: int
-
-
-LENGTHS = (32, 48, 33, 64, 31, 32)
-COMPILED_FIRST = 2  # the first length is compiled as a constant, the second makes the dimension dynamic
 
 
 def _errors(model: Any, reference: Any, compiled: Any, length: int) -> float:
@@ -50,7 +49,7 @@ def _errors(model: Any, reference: Any, compiled: Any, length: int) -> float:
 def _run_lengths(
     model: Any, sp_size: int, compiled_for: tuple[int, ...], served: tuple[int, ...], backend: str = "aot_eager"
 ) -> Ran:
-    """Of the lengths, Dynamo may compile for those in the first list."""
+    """Run a compiled model on both lists of lengths; Dynamo may compile for the first only."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     reference = copy.deepcopy(model)
@@ -67,7 +66,7 @@ def _run_lengths(
 
 def _run_architecture(name: str, sp_size: int, is_training: bool) -> Ran:
     model = make_model(name).train(is_training)
-    return _run_lengths(model, sp_size, LENGTHS[:COMPILED_FIRST], LENGTHS[COMPILED_FIRST:])
+    return _run_lengths(model, sp_size, COMPILED_FOR, SERVED)
 
 
 ARCHITECTURES = [("llama", True), ("gpt2", False), ("bert", True)]
@@ -95,6 +94,23 @@ def test_one_graph_for_each_side_of_a_branch_on_the_length(world: World) -> None
     for ran in world.run(_run_branch, world.sp_size):
         assert ran.num_breaks == 0 and ran.num_programs == 2
         assert ran.worst <= TOLERANCE[torch.float32]
+
+
+def _cuts_after_checkpointing() -> list[bool]:
+    """Whether each program, both captured before, calls layers that are to be recomputed; compiled in place."""
+    torch._dynamo.reset()
+    model = transform(plant(make_model("llama"), _weighed_by_length), 2)
+    model.surgery.prepare(**make_batch(2, 32))
+    model.gradient_checkpointing_enable()
+    model.compile(backend="eager", fullgraph=True)
+    model(**make_batch(2, 32))
+    found = [len(program.cuts.paths) > 0 for program in model.surgery.programs]
+    restore(model)
+    return found
+
+
+def test_every_side_of_a_branch_is_recomputed(pair: RankPool) -> None:
+    assert pair.run(_cuts_after_checkpointing) == [[True, True]] * 2
 
 
 def _prove_inductor() -> dict[str, float]:

@@ -50,7 +50,7 @@ CASES = [(world, stage) for world in ("2 ranks, sp 2", "4 ranks, sp 2", "4 ranks
 
 @pytest.fixture(scope="module")
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """Ranks of their own: DeepSpeed keeps process groups in globals."""
+    """Ranks of this file's own, as DeepSpeed keeps process groups in globals; where there are two, `pair`'s."""
     num_ranks, _, _, sp_size = request.param.replace(",", "").split()
     if num_ranks == "2":
         yield World(request.getfixturevalue("pair"), int(sp_size))
@@ -126,13 +126,20 @@ def train(engine: Any) -> Trained:
 
 def _prove(stage: int, sp_size: int) -> dict[str, float]:
     """Five steps of SGD as they are, and of AdamW with clipping."""
-    by_adamw = _prove_steps(stage, sp_size, "adamw", clips=True)
-    return _prove_steps(stage, sp_size) | {f"adamw {name}": error for name, error in by_adamw.items()}
+    runs = {"sgd": _prove_steps(stage, sp_size), "adamw": _prove_steps(stage, sp_size, "adamw", clips=True)}
+    return {f"{optimizer} {name}": error for optimizer, found in runs.items() for name, error in found.items()}
 
 
 def _prove_steps(
-    stage: int, sp_size: int, optimizer: str = "sgd", clips: bool = False, is_checkpointed: bool = False, **config: Any
+    stage: int,
+    sp_size: int,
+    optimizer: str = "sgd",
+    *,
+    clips: bool = False,
+    is_checkpointed: bool = False,
+    **config: Any,
 ) -> dict[str, float]:
+    """Five steps under an engine: gradients, norm and weights against the unsharded model's."""
     expected = train_unsharded(model_to_train(), optimizer, clips=clips)
     model = copy.deepcopy(transformed(sp_size))
     if is_checkpointed:

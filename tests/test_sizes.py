@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sympy
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, OpaqueUnaryFn_log, PythonMod
 
 from surgery.errors import CaptureError
 from surgery.sizes import predicate, size_node
@@ -50,6 +50,18 @@ def test_size(expr: sympy.Expr) -> None:
 def test_predicate(condition: sympy.Basic, holds: bool) -> None:
     """Of the same sizes, and in whole numbers, as floats would round a third of the length."""
     assert predicate([B, S], [S >= 2, condition])(2, 33) is holds
+
+
+def test_a_length_that_leaves_another_rest_is_not_served() -> None:
+    """Whatever `//` makes of (s - 1)/4 there."""
+    conditions = [sympy.Eq(Mod(S, 4), 1), S / 4 - sympy.Rational(1, 4) >= 8]
+    assert [length for length in range(30, 42) if predicate([S], conditions)(length)] == [33, 37, 41]
+
+
+@pytest.mark.parametrize("condition", [OpaqueUnaryFn_log(S) > 3, S / B > 3])
+def test_no_predicate_of_other_numbers(condition: sympy.Basic) -> None:
+    with pytest.raises(CaptureError, match="which cannot be told"):
+        predicate([B, S], [condition])
 
 
 def test_data_is_no_size() -> None:

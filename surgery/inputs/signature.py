@@ -93,7 +93,7 @@ class BoundCall:
 
     @property
     def plain_sizes(self) -> tuple[int, ...]:
-        """The same as numbers, for Dynamo too, which would keep them symbolic: what a graph is captured with."""
+        """`sizes` as plain numbers, which a graph is captured with; of `int(size)` Dynamo would make a symbol again."""
         return tuple(operator.index(size) for size in self.sizes)
 
     @property

@@ -43,10 +43,6 @@ class Program:
     cuts: Cuts
     sides: Sides
 
-    @property
-    def has_assumptions(self) -> bool:
-        return len(self.context.assumptions) > 0 or len(set(self.context.lengths)) < len(self.context.lengths)
-
     @functools.cached_property
     def serves(self) -> Callable[..., bool]:
         """`serves(B, *lengths)`: whether these sizes are on the captured ones' side of the model's branches."""

@@ -54,7 +54,7 @@ class Programs:
         self.mesh = mesh
         self.images = images
         self.captured: dict[int, Program] = {}
-        self._serving: dict[int, Callable[..., bool]] = {}
+        self._serving: dict[int, Callable[..., bool]] = {}  # of each program, for Dynamo to read before `captured`
         self.constants = types.SimpleNamespace()
         self._known = {is_training: Known() for is_training in (True, False)}
         self._key = f"programs {next(_keys)}"
@@ -95,8 +95,9 @@ class Programs:
         find = self._find_while_compiling
         for number in find(self._key, inputs, constants, self.model.training, None):
             if self._serving[number](*call.sizes):
-                return self.captured[number].run(self.model, call.tensors, deal_out)
-        (number,) = find(self._key, inputs, constants, self.model.training, call.plain_sizes)
+                break
+        else:
+            (number,) = find(self._key, inputs, constants, self.model.training, call.plain_sizes)
         return self.captured[number].run(self.model, call.tensors, deal_out)
 
     def prepare(self, call: BoundCall) -> Program:
@@ -131,11 +132,14 @@ class Programs:
     def find_all(self, signature: Signature) -> tuple[int, ...]:
         """The numbers of the programs for calls of one signature; one is captured if there is none."""
         self.find(signature, None)
-        return tuple(number for number, program in self.captured.items() if program.signature == signature)
+        found = tuple(number for number, program in self.captured.items() if program.signature == signature)
+        for number in found:
+            self.captured[number] = relink(self.captured[number], find_cuts(self.model))
+        return found
 
     def _find_fitting(self, signature: Signature, sizes: tuple[int, ...], sides: Sides | None) -> Program:
         program = self.captured[self.find(signature, None, sides)]
-        return self.captured[self.find(signature, sizes, sides)] if program.has_assumptions else program
+        return program if program.serves(*sizes) else self.captured[self.find(signature, sizes, sides)]
 
     def _build(self, signature: Signature, example: tuple[int, ...], sides: Sides | None) -> Program:
         """Capture the model for `signature`, with an example of these sizes, and run the recipe over its graph."""
@@ -190,7 +194,7 @@ def find_cuts(model: nn.Module) -> Cuts:
 
 
 def make_constant_finder(programs: Programs) -> Callable[..., tuple[int, ...]]:
-    """`programs.find_all`, and `find` where sizes are given, for Dynamo: run once while it traces, in a thread.
+    """`find_all`, or `find` where sizes are given, for Dynamo: run once while it traces, out of reach of its modes.
 
     A closure, as Dynamo of torch 2.11 takes nothing but constants for arguments; all closures are one to Dynamo, which
     tells the programs of a model from those of its copy by their key.

@@ -146,6 +146,7 @@ def float_is_double() -> Iterator[None]:
 
     Both models would round to 1e-7 there, in different orders of summation, and hide what a float64 proof is to show.
     Integers, such as positions, become float32 all the same: transformers multiplies them with float32 frequencies.
+    Where those are kept in float64, as a buffer is, a matrix product of the two is too (transformers 5.17).
     """
     to_float32 = Tensor.float
 
@@ -156,7 +157,13 @@ def float_is_double() -> Iterator[None]:
         stack.enter_context(mock.patch.object(Tensor, "float", to_float))
         for owner, name in ((Tensor, "to"), (Tensor, "softmax"), (F, "softmax"), (torch, "softmax")):
             stack.enter_context(mock.patch.object(owner, name, _keeping_double(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(Tensor, "__matmul__", _promoted_product))
         yield
+
+
+def _promoted_product(a: Tensor, b: Tensor) -> Tensor:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return torch.matmul(a.to(dtype), b.to(dtype))
 
 
 def _keeping_double(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -82,7 +82,10 @@ def build(make: MakeModel, config: PreTrainedConfig) -> nn.Module:
 
 
 class Twins:
-    """A model and its transformed twin, which all kinds of input share: a signature is captured once."""
+    """A model and its transformed twin, which all kinds of input share: a signature is captured once.
+
+    A `twin` that is given is transformed already, and restored by who gives it.
+    """
 
     def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int, twin: Any = None) -> None:
         self.model, self.config, self.sp_size = model, config, sp_size
