@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,11 @@ from transformers import masking_utils as masks
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from surgery.attention.masks import (
+    COUNTS_WITHIN_DOCUMENTS,
     READERS,
     UNKNOWN,
     Pattern,
+    composes_as_described,
     read_mask_function,
     within_documents,
     write_mask_function,
@@ -65,18 +68,18 @@ STRANGE = {
     "own_inside": masks.and_masks(causal, lambda batch, head, query, key: query > 2),
     "partly_strange": masks.and_masks(causal, masks.or_masks(causal, packed)),
 }
-COUNTS_WITHIN_DOCUMENTS = hasattr(masks, "remap_positions_for_packed_sequence")
-"""Since transformers 5.18."""
 if COUNTS_WITHIN_DOCUMENTS:
     remapped = masks.remap_positions_for_packed_sequence(causal, POSITIONS)
     KNOWN |= {
         "remapped": (masks.and_masks(packed, remapped), "causal, documents, positions"),
         "chunked_packed": (
-            masks.packed_sequence_compatibility_function(chunked, POSITIONS, DOCUMENTS),
+            masks.and_masks(packed, masks.remap_positions_for_packed_sequence(chunked, POSITIONS)),
             "causal, chunk_size 4, chunk_starts, documents, positions",
         ),
         "blockwise_packed": (
-            masks.or_masks(masks.packed_sequence_compatibility_function(sliding, POSITIONS, DOCUMENTS), blocks),
+            masks.or_masks(
+                masks.and_masks(packed, masks.remap_positions_for_packed_sequence(sliding, POSITIONS)), blocks
+            ),
             "causal, window 4, documents, positions, blocks",
         ),
     }
@@ -129,6 +132,8 @@ def _parts(functions: list[Any]) -> Iterator[Any]:
         yield from _parts([*variables.get("mask_functions", ()), *filter(None, [variables.get("mask_function")])])
 
 
+CACHE = "cache" if "cache" in inspect.signature(masks.create_causal_mask).parameters else "past_key_values"
+"""Renamed in transformers 5.24."""
 CREATORS: dict[str, tuple[Callable[..., Any], str]] = {
     "causal": (masks.create_causal_mask, "causal, documents, positions"),
     "sliding": (masks.create_sliding_window_causal_mask, "causal, window 4, documents, positions"),
@@ -149,7 +154,7 @@ def test_what_models_ask_for_is_recognised(name: str) -> None:
             config=make_config("mistral", sliding_window=4, attention_chunk_size=4, attn_implementation="sdpa"),
             inputs_embeds=torch.zeros(2, LENGTH, 64),
             attention_mask=None,
-            **({} if name == "bidirectional" else {"past_key_values": None, "position_ids": POSITIONS}),
+            **({} if name == "bidirectional" else {CACHE: None, "position_ids": POSITIONS}),
         )
     (pattern,) = map(read_mask_function, found)
     assert pattern is not UNKNOWN
@@ -164,12 +169,24 @@ def test_blocks_of_image_tokens_are_recognised(create: Callable[..., Any]) -> No
             config=make_config("mistral", sliding_window=4, attn_implementation="sdpa"),
             inputs_embeds=torch.zeros(2, LENGTH, 64),
             attention_mask=None,
-            past_key_values=None,
             block_sequence_ids=DOCUMENTS - 1,
+            **{CACHE: None},
         )
     (pattern,) = map(read_mask_function, found)
     assert pattern.blocks is not None
     assert torch.equal(drawn(write_mask_function(pattern)), drawn(found[0]))
+
+
+def test_documents_are_put_together_as_transformers_does() -> None:
+    assert composes_as_described()
+
+
+@pytest.mark.skipif(not COUNTS_WITHIN_DOCUMENTS, reason="transformers 5.17 has no functions for another way")
+@pytest.mark.parametrize("name", ["COUNTS_WITHIN_DOCUMENTS", "BLOCKS_END_WITH_DOCUMENTS"])
+def test_another_way_to_put_them_together_is_noticed(name: str) -> None:
+    module = "surgery.attention.masks"
+    with mock.patch(f"{module}.{name}", not getattr(sys.modules[module], name)):
+        assert not composes_as_described.__wrapped__()
 
 
 @contextmanager

@@ -10,13 +10,16 @@ what is not recognised here is `UNKNOWN`, and then the mask is drawn in full ins
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import LlamaConfig, masking_utils
 
 MaskFunction = Callable[..., Any]
 
@@ -158,11 +161,69 @@ def write_mask_function(pattern: Pattern) -> MaskFunction:
 
 
 def within_documents(function: MaskFunction, documents: Tensor, positions: Tensor) -> MaskFunction:
-    """What `function` lets through within each document, put together as transformers does: blocks are laid over it."""
+    """What `function` lets through within each document, put together as the installed transformers does.
+
+    5.17            tokens keep their numbers, blocks are laid over documents
+    5.18 to 5.23    tokens are counted within documents
+    5.24            and blocks end where documents do
+    """
     if not has_overlay(function):
         return _within_documents(function, documents, positions)
     inner, overlay = inspect.getclosurevars(function).nonlocals["mask_functions"]
+    if BLOCKS_END_WITH_DOCUMENTS:
+        blocks = inspect.getclosurevars(overlay).nonlocals["block_sequence_ids"]
+        cut = torch.where(blocks < 0, blocks, blocks * documents.shape[1] + documents)
+        overlay = masking_utils.blockwise_overlay(cut)
     return masking_utils.or_masks(_within_documents(inner, documents, positions), overlay)
+
+
+def _within_documents(function: MaskFunction, documents: Tensor, positions: Tensor) -> MaskFunction:
+    if COUNTS_WITHIN_DOCUMENTS:
+        function = masking_utils.remap_positions_for_packed_sequence(function, positions)
+    return masking_utils.and_masks(masking_utils.packed_sequence_mask_function(documents), function)
+
+
+COUNTS_WITHIN_DOCUMENTS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+BLOCKS_END_WITH_DOCUMENTS = COUNTS_WITHIN_DOCUMENTS and not hasattr(
+    masking_utils, "packed_sequence_compatibility_function"
+)
+
+
+@functools.cache
+def composes_as_described() -> bool:
+    """Whether the installed transformers draws chunks and blocks of packed documents as `within_documents` does.
+
+    Tried on a few tokens, in a thread of its own, which the modes of a trace do not reach.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_try_composing).result()
+
+
+def _try_composing() -> bool:
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    blocks = torch.tensor([[-1, -1, -1, 0, 0, 0, 0, -1, 1, 1, -1, -1]])
+    batch_size, length = positions.shape
+    chunked = masking_utils.chunked_causal_mask_function(3, torch.zeros(batch_size, dtype=torch.long))
+    overlaid = masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(blocks))
+    documents = masking_utils.find_packed_sequence_indices(positions)
+    assert documents is not None
+    found: list[Any] = [
+        masking_utils.sdpa_mask(
+            batch_size,
+            length,
+            length,
+            mask_function=within_documents(function, documents, positions),
+            allow_is_causal_skip=False,
+        )
+        for function in (chunked, overlaid)
+    ]
+    settings: dict[str, Any] = {"attention_chunk_size": 3, "attn_implementation": "sdpa"}
+    call = (LlamaConfig(**settings), torch.zeros(batch_size, length, 1), None, None, positions)
+    expected: list[Any] = [
+        masking_utils.create_chunked_causal_mask(*call),
+        masking_utils.create_causal_mask(*call, block_sequence_ids=blocks),
+    ]
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def has_overlay(function: MaskFunction) -> bool:
@@ -170,14 +231,6 @@ def has_overlay(function: MaskFunction) -> bool:
     if _name(function) != _OR:
         return False
     return _name(inspect.getclosurevars(function).nonlocals["mask_functions"][-1]) == _OVERLAY
-
-
-def _within_documents(function: MaskFunction, documents: Tensor, positions: Tensor) -> MaskFunction:
-    """Once transformers 5.17 is not supported, which has no such function, it can be called directly."""
-    compose = getattr(masking_utils, "packed_sequence_compatibility_function", None)
-    if compose is not None:
-        return compose(function, positions, documents)
-    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
 
 
 def _look_up(drawn: Tensor) -> MaskFunction:

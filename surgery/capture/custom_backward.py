@@ -11,6 +11,7 @@ What a backward is cannot be read off a class or an operator, so it is tried on 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,10 +44,10 @@ def refuse_custom_backward() -> Iterator[None]:
     What a model checkpoints itself, reentrantly, is traced as if it did not: the rest of the graph would be without
     gradients. So is the checkpoint, where none of its inputs has one.
     """
-    original, register_hook = Function.apply, Tensor.register_hook
+    original, register_hook = inspect.getattr_static(Function, "apply"), Tensor.register_hook
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        call = original.__func__  # type: ignore[attr-defined]
+        call = original.__get__(None, cls)
         if cls is CheckpointFunction:
             function, _, *inputs = args
             is_learning = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
@@ -58,7 +59,7 @@ def refuse_custom_backward() -> Iterator[None]:
                 "derivative of its forward, and a captured graph would lose it. Expected operations that torch "
                 "differentiates. Write it as a custom op, if its backward is linear in the gradient."
             )
-        return call(cls, *args, **kwargs)
+        return call(*args, **kwargs)
 
     def refuse_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
         if sys._getframe(1).f_globals["__name__"].startswith(ENGINES):
@@ -123,7 +124,7 @@ def _try(cls: type[Function], args: tuple[Any, ...], call: Callable[..., Any]) -
 def _agrees(cls: type[Function], args: list[Any], call: Callable[..., Any], scale: float) -> bool:
     has_context = cls.setup_context is Function.setup_context
     context = (FunctionCtx(),) if has_context else ()
-    own = _gradients(lambda *a: call(cls, *a), args, scale)
+    own = _gradients(call, args, scale)
     plain = _gradients(lambda *a: cls.forward(*context, *a), args, scale)
     return all(
         torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE) for one, other in zip(own, plain, strict=True)

@@ -13,13 +13,22 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, eager_mask, flash_attention_mask, sdpa_mask
 
 from surgery.attention import operators
 from surgery.attention.closures import LiftedFunction, UnliftableError, lift
-from surgery.attention.masks import UNKNOWN, MaskFunction, Pattern, has_overlay, read_mask_function, within_documents
+from surgery.attention.masks import (
+    UNKNOWN,
+    MaskFunction,
+    Pattern,
+    composes_as_described,
+    has_overlay,
+    read_mask_function,
+    within_documents,
+)
 from surgery.attention.recorded import (
     DOCUMENT_ENDS,
     TENSOR_MASKS,
@@ -80,6 +89,11 @@ def _within_found(mask_function: MaskFunction, recording: Recording, sizes: tupl
         raise CaptureError(
             "the model lays blocks over a mask function of its own, and it cannot be told whether documents go over "
             "them or they over documents. Expected block_sequence_ids or or_mask_function alone. Pass no position_ids."
+        )
+    if not composes_as_described():
+        raise CaptureError(
+            f"transformers {transformers.__version__} puts masks of packed documents together otherwise than is known. "
+            "Expected a version from 5.17 to 5.24. Pass the mask itself, [B, 1, S, S]."
         )
     return within_documents(mask_function, *found)
 
