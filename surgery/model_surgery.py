@@ -19,7 +19,7 @@ from surgery.inputs.agreement import CallComparison, whole_length
 from surgery.inputs.checks import check_bypass, check_call, how_to_launch
 from surgery.inputs.images import ImageMerger
 from surgery.inputs.sharded_inputs import assemble, gather_slices
-from surgery.inputs.signature import BoundCall, bind_call
+from surgery.inputs.signature import BoundCall, bind_call, has_cache
 from surgery.mesh import SequenceMesh
 from surgery.options import Options
 from surgery.programs.program import Program
@@ -80,7 +80,7 @@ class ModelSurgery:
             return "generate() decodes on every rank"
         if not self.model.training and self.options.disable_in_eval:
             return "disable_in_eval=True, and the model is in eval mode"
-        if not self.model.training and kwargs and (kwargs.get("past_key_values") or kwargs.get("use_cache")):
+        if not self.model.training and kwargs and has_cache(kwargs):
             return "the call uses a key-value cache"
         return None
 

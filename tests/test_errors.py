@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from surgery import (
@@ -22,6 +23,7 @@ from surgery import (
     restore,
     transform,
 )
+from surgery.inputs.signature import CACHES
 from surgery.verify.ranks import RankPool
 from tests.refusals import refusal
 from tests.zoo import make_batch, make_model
@@ -171,6 +173,13 @@ def test_arguments_whose_contents_may_change(value: Any) -> None:
     model = transform(make_model("llama"), 2)
     with pytest.raises(InputError, match=r"attention_mask: a (list|dict|tuple), whose contents"):
         model.surgery.prepare(**make_batch(2, 32), attention_mask=value)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_in_training(name: str) -> None:
+    model = transform(make_model("llama"), 2)
+    with pytest.raises(InputError, match=f"{name} in training mode"):
+        model.surgery.prepare(**make_batch(2, 32), **{name: DynamicCache()})
 
 
 def _calls_refused() -> dict[str, str]:

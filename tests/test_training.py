@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache, LlamaForCausalLM
 
 from surgery import restore, transform
+from surgery.inputs.signature import CACHES
 from surgery.verify.comparison import TOLERANCE, compare, gradients_of, relative_error
 from surgery.verify.ranks import RankPool
 from tests.proof import assert_calls_exact, assert_exact, prove_calls
@@ -191,19 +194,32 @@ def test_parameters_replaced_after_the_transform(world: World) -> None:
         assert max(errors) <= TOLERANCE_F32
 
 
-def _generates(sp_size: int) -> tuple[bool, bool]:
+CACHE = next(name for name in CACHES[::-1] if name in inspect.signature(LlamaForCausalLM.forward).parameters)
+
+
+def _decode(model: Any, ids: Tensor) -> Tensor:
+    """The logits of the last token, which a cache is carried to that is empty at first."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :-1], **{CACHE: cache})
+    logits: Tensor = model(input_ids=ids[:, -1:], **{CACHE: cache}).logits
+    return logits
+
+
+def _generates(sp_size: int) -> tuple[bool, bool, bool]:
     model = make_model("llama").eval()
     ids = make_batch(1, 7)["input_ids"]
     expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    decoded = _decode(model, ids)
     transform(model, sp_size)
     found = model.generate(ids, max_new_tokens=5, do_sample=False)
     uncached = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
+    is_decoded = torch.equal(_decode(model, ids), decoded)
     restore(model)
-    return torch.equal(found, expected), torch.equal(uncached, expected)
+    return torch.equal(found, expected), torch.equal(uncached, expected), is_decoded
 
 
 def test_generate_is_untouched(world: World) -> None:
-    assert world.run(_generates, world.sp_size) == [(True, True)] * world.sp_size
+    assert world.run(_generates, world.sp_size) == [(True, True, True)] * world.sp_size
 
 
 def _leaves_no_trace(sp_size: int, directory: str) -> list[bool]:

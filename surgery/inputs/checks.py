@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.errors import InputError
-from surgery.inputs.signature import BoundCall
+from surgery.inputs.signature import CACHES, BoundCall, has_cache
 from surgery.options import Options
 
 RECORDED_OUTPUTS = ("output_attentions", "output_hidden_states")
@@ -21,17 +21,17 @@ def check_call(call: BoundCall, options: Options, is_training: bool) -> None:
                 f"{name}=True: the captured graph does not keep what it computes on the way. Expected it off. "
                 "Call restore(model) to record, or run the unsharded model."
             )
-    if is_training and "past_key_values" in call.constants:
-        raise InputError(
-            "past_key_values in training mode: every rank would attend to the cache of its own run. Expected no cache. "
-            "Call model.eval() to decode."
-        )
+    for name in CACHES:
+        if is_training and name in call.constants:
+            raise InputError(
+                f"{name} in training mode: every rank would attend to the cache of its own run. Expected no cache. "
+                "Call model.eval() to decode."
+            )
 
 
 def check_bypass(kwargs: Mapping[str, Any], options: Options, *, is_generating: bool) -> None:
     """Raise `InputError` for a slice of a batch that would run through the original forward as if it were whole."""
-    has_cache = bool(kwargs.get("use_cache") or kwargs.get("past_key_values"))
-    if options.inputs == "sharded" and options.sp_size > 1 and has_cache and not is_generating:
+    if options.inputs == "sharded" and options.sp_size > 1 and has_cache(kwargs) and not is_generating:
         raise InputError(
             "a key-value cache is kept by the original forward, which takes whole sequences, and inputs='sharded' "
             "passes slices. Expected use_cache=False. Call model.generate() with the whole prompt to decode."

@@ -27,6 +27,8 @@ COUNTED_INPUTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 """Inputs of one dimension that has its own length on every call: the ends of documents, of which there are many."""
 SAMPLE_INPUTS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "sentence_order_label"})
 """Arguments that may have one number for each sequence of the batch: [B]."""
+CACHES = ("past_key_values", "cache")
+"""Arguments that are a key-value cache; transformers 5.24 renamed it."""
 IMAGE_PREFIX = "pixel_values"
 """How the names of images and videos begin."""
 FEATURES = ("inputs_embeds", "hidden_states")
@@ -105,6 +107,11 @@ class BoundCall:
         return tuple(tensors), tuple((name, self.constants[name]) for name in sorted(self.constants))
 
 
+def has_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call keeps keys and values for the next one: in a cache of its own, or in a given one."""
+    return bool(kwargs.get("use_cache")) or any(kwargs.get(name) is not None for name in CACHES)
+
+
 def has_images(call: BoundCall) -> bool:
     """Whether a call has images or videos, by the start of their names."""
     return any(name.startswith(IMAGE_PREFIX) for name in call.tensors)
@@ -152,7 +159,7 @@ def unpack_keywords(parameters: inspect.Signature, bound: Mapping[str, Any]) -> 
 def _check_constants(constants: Mapping[str, Any]) -> None:
     """Refuse what a graph would keep as it was on the first call, although it may be another on the next."""
     for name, value in constants.items():
-        if name != "past_key_values" and _is_changeable(value):
+        if name not in CACHES and _is_changeable(value):
             raise InputError(
                 f"{name}: a {type(value).__name__}, whose contents the captured graph would keep as they were on the "
                 "first call. Expected tensors, numbers, words, or tuples of numbers and words. Pass one of those, or "
