@@ -30,6 +30,7 @@ from surgery.private import flex_heads_from
 Implementation = Callable[..., Tensor]
 TRUSTED_PACKAGE = "transformers."
 LENGTHS = ("max_length_q", "max_length_k")
+BROADCASTS_BY_FORMULA = torch.__version__ < "2.14"
 
 
 def registered(call: RecordedCall, hidden: dict[str, Any]) -> Implementation:
@@ -113,9 +114,9 @@ def sdpa(
     """`scaled_dot_product_attention` on this rank's heads: `[B, N/P, S, H]`, keys and values un-repeated.
 
     As in transformers, grouped heads go to the kernel as they are without a mask, and repeated with one.
-    `is_broadcast`: the unsharded model has one key head broadcast, which torch does by its formula, not by a kernel.
-    That matters for queries (padding) that a bias of the lowest number keeps from all keys: torch 2.13's kernel for
-    CPUs gives them other gradients than its own formula does. Once it does not, this can go.
+    `is_broadcast`: the unsharded model has one key head broadcast, which torch before 2.14 does by its formula, not by
+    a kernel. That matters for queries (padding) that a bias of the lowest number keeps from all keys: the kernel for
+    CPUs gives them other gradients than torch's own formula does. With 2.13, this can go.
     """
     if _is_idle(query):
         return without_heads(query, key, value)
@@ -124,7 +125,8 @@ def sdpa(
     if mask is not None and num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     has_bias = mask is not None and mask.is_floating_point()
-    with sdpa_kernel(SDPBackend.MATH) if is_broadcast and has_bias else nullcontext():
+    is_by_formula = is_broadcast and has_bias and BROADCASTS_BY_FORMULA
+    with sdpa_kernel(SDPBackend.MATH) if is_by_formula else nullcontext():
         return F.scaled_dot_product_attention(
             query,
             key,
