@@ -73,7 +73,7 @@ ARCHITECTURES = [("llama", True), ("gpt2", False), ("bert", True)]
 """The last looks positions up in a table, which bounds the length."""
 
 
-@pytest.mark.parametrize(("name", "is_training"), sampled(ARCHITECTURES, {("bert", True)}))
+@pytest.mark.parametrize(("name", "is_training"), sampled(ARCHITECTURES, {("llama", True), ("bert", True)}))
 def test_one_graph_for_all_lengths(world: World, name: str, is_training: bool) -> None:
     for ran in world.run(_run_architecture, name, world.sp_size, is_training):
         assert ran.num_breaks == 0 and ran.num_programs == 1

@@ -27,7 +27,7 @@ from surgery.attention.masks import (
 )
 from surgery.attention.recorded import Recording
 from surgery.capture.recording_masks import record_mask
-from tests.zoo import make_config
+from tests.zoo import CACHE, make_config
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4, 5]])
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]])
@@ -132,8 +132,6 @@ def _parts(functions: list[Any]) -> Iterator[Any]:
         yield from _parts([*variables.get("mask_functions", ()), *filter(None, [variables.get("mask_function")])])
 
 
-CACHE = "cache" if "cache" in inspect.signature(masks.create_causal_mask).parameters else "past_key_values"
-"""Renamed in transformers 5.24."""
 CREATORS: dict[str, tuple[Callable[..., Any], str]] = {
     "causal": (masks.create_causal_mask, "causal, documents, positions"),
     "sliding": (masks.create_sliding_window_causal_mask, "causal, window 4, documents, positions"),
@@ -240,7 +238,7 @@ def test_documents_go_where_transformers_puts_them(parts: dict[str, Any]) -> Non
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
     asked: list[Any] = []
     config = make_config("llama", attn_implementation="sdpa")
-    given: dict[str, Any] = {"inputs_embeds": torch.zeros(1, 6, 8), "attention_mask": None, "past_key_values": None}
+    given: dict[str, Any] = {"inputs_embeds": torch.zeros(1, 6, 8), "attention_mask": None, CACHE: None}
     expected = masks.create_causal_mask(config, **given, position_ids=positions, **parts)
 
     def ask(**kwargs: Any) -> None:

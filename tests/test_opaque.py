@@ -86,7 +86,7 @@ def test_recomputed(world: World) -> None:
 def _prove_compiled() -> dict[str, float]:
     torch._dynamo.reset()
     model = make_opaque(Loop)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     return compare(model, 2, make_batch(2, 16), run=compiled)
 
 

@@ -244,7 +244,7 @@ def _compiled() -> tuple[float, int]:
     model = make_model("llama")
     reference = copy.deepcopy(model)
     transform(model, 2, inputs="sharded")
-    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     errors = []
     for length in (32, 48, 64):
         batch = make_batch(2, length)

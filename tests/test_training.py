@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,15 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 from surgery import restore, transform
-from surgery.inputs.signature import CACHES
 from surgery.verify.comparison import TOLERANCE, compare, gradients_of, relative_error
 from surgery.verify.ranks import RankPool
 from tests.proof import assert_calls_exact, assert_exact, prove_calls
 from tests.worlds import World
-from tests.zoo import make_batch, make_model
+from tests.zoo import CACHE, make_batch, make_model
 
 TOLERANCE_F32 = TOLERANCE[torch.float32]
 
@@ -192,9 +190,6 @@ def _resize(model: Any) -> None:
 def test_parameters_replaced_after_the_transform(world: World) -> None:
     for errors in world.run(_replaced_after_transform, world.sp_size):
         assert max(errors) <= TOLERANCE_F32
-
-
-CACHE = next(name for name in CACHES[::-1] if name in inspect.signature(LlamaForCausalLM.forward).parameters)
 
 
 def _decode(model: Any, ids: Tensor) -> Tensor:

@@ -5,11 +5,17 @@ They have one layer, or as many as the pattern of their layers: a trace takes as
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
 
+from surgery.inputs.signature import CACHES
+
+CACHE = next(name for name in CACHES[::-1] if name in inspect.signature(create_causal_mask).parameters)
+"""What the installed transformers calls the argument."""
 VOCAB_SIZE = 99
 COMMON = {
     "vocab_size": VOCAB_SIZE,

@@ -116,7 +116,7 @@ def sdpa(
     As in transformers, grouped heads go to the kernel as they are without a mask, and repeated with one.
     `is_broadcast`: the unsharded model has one key head broadcast, which torch before 2.14 does by its formula, not by
     a kernel. That matters for queries (padding) that a bias of the lowest number keeps from all keys: the kernel for
-    CPUs gives them other gradients than torch's own formula does. With 2.13, this can go.
+    CPUs gives them other gradients than torch's own formula does. Once 2.13 is not supported, this can go.
     """
     if _is_idle(query):
         return without_heads(query, key, value)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, masking_utils
+
+from surgery.threads import in_own_thread
 
 MaskFunction = Callable[..., Any]
 
@@ -160,6 +161,12 @@ def write_mask_function(pattern: Pattern) -> MaskFunction:
     return function
 
 
+COUNTS_WITHIN_DOCUMENTS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+BLOCKS_END_WITH_DOCUMENTS = COUNTS_WITHIN_DOCUMENTS and not hasattr(
+    masking_utils, "packed_sequence_compatibility_function"
+)
+
+
 def within_documents(function: MaskFunction, documents: Tensor, positions: Tensor) -> MaskFunction:
     """What `function` lets through within each document, put together as the installed transformers does.
 
@@ -183,20 +190,13 @@ def _within_documents(function: MaskFunction, documents: Tensor, positions: Tens
     return masking_utils.and_masks(masking_utils.packed_sequence_mask_function(documents), function)
 
 
-COUNTS_WITHIN_DOCUMENTS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
-BLOCKS_END_WITH_DOCUMENTS = COUNTS_WITHIN_DOCUMENTS and not hasattr(
-    masking_utils, "packed_sequence_compatibility_function"
-)
-
-
 @functools.cache
 def composes_as_described() -> bool:
     """Whether the installed transformers draws chunks and blocks of packed documents as `within_documents` does.
 
     Tried on a few tokens, in a thread of its own, which the modes of a trace do not reach.
     """
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_try_composing).result()
+    return in_own_thread(_try_composing)
 
 
 def _try_composing() -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -29,6 +28,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from surgery.capture.linearity import is_backward_linear
 from surgery.errors import CaptureError, UnsupportedOperationError
 from surgery.metadata import where
+from surgery.threads import in_own_thread
 
 TOLERANCE = 1e-6  # bloom writes its constants with 8 digits
 KNOWN_NAMESPACES = frozenset({"aten", "prims", "surgery", "transformers"})
@@ -110,8 +110,7 @@ def is_derivative(cls: type[Function], args: tuple[Any, ...], call: Callable[...
 
     Tried in a thread of its own, which the modes of the trace do not reach. What cannot be tried is not a derivative.
     """
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_try, cls, args, call).result()
+    return in_own_thread(_try, cls, args, call)
 
 
 def _try(cls: type[Function], args: tuple[Any, ...], call: Callable[..., Any]) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from surgery.programs.program import Program, build_program, relink
 from surgery.programs.segments import Cuts
 from surgery.programs.state import check_state, fingerprint
 from surgery.recipe import SEQUENCE_PARALLEL
+from surgery.threads import in_own_thread
 
 _keys = itertools.count()
 DealOut = Callable[[Tensor, int], Tensor]
@@ -133,8 +133,9 @@ class Programs:
         """The numbers of the programs for calls of one signature; one is captured if there is none."""
         self.find(signature, None)
         found = tuple(number for number, program in self.captured.items() if program.signature == signature)
+        cuts = find_cuts(self.model)
         for number in found:
-            self.captured[number] = relink(self.captured[number], find_cuts(self.model))
+            self.captured[number] = relink(self.captured[number], cuts)
         return found
 
     def _find_fitting(self, signature: Signature, sizes: tuple[int, ...], sides: Sides | None) -> Program:
@@ -210,7 +211,6 @@ def make_constant_finder(programs: Programs) -> Callable[..., tuple[int, ...]]:
             signature = programs.read_signature(inputs, constants)
             return programs.find_all(signature) if sizes is None else (programs.find(signature, sizes),)
 
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            return thread.submit(find).result()
+        return in_own_thread(find)
 
     return find_while_compiling
