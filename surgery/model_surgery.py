@@ -57,6 +57,11 @@ class ModelSurgery:
         twin._programs = self._programs.copied_for(twin.model, mesh, twin._images)
         return twin
 
+    def join(self, mesh: SequenceMesh) -> None:
+        """Take the groups that were missing when the model was transformed: its programs become this rank's."""
+        self.mpu = mesh
+        self._programs.join(mesh)
+
     @property
     def programs(self) -> list[Program]:
         """The rewritten graphs, one for each call signature seen so far, the training step's first."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,10 +19,11 @@ from surgery import collectives
 from surgery.capture.capture import capture
 from surgery.cli import main
 from surgery.errors import CaptureError
-from surgery.verify.batches import KINDS, make_batch
+from surgery.verify.batches import KINDS, families, make_batch
 from surgery.verify.catalog import Architecture, find_architecture, list_architectures
 from surgery.verify.comparison import TOLERANCE
 from surgery.verify.coverage import coverage_page
+from surgery.verify.forked import can_fork, run_forked
 from surgery.verify.ranks import RankPool, RanksLostError
 from surgery.verify.shrink import shrink
 from surgery.verify.staging import staged_through_host
@@ -27,7 +32,17 @@ from surgery.verify.trial import EXACT, FAILED, GATHERED, REFUSED, UNRUNNABLE, W
 from surgery.verify.verify import Verification
 from tests.proof import assert_exact, prove
 
+needs_fork = pytest.mark.skipif(not can_fork(), reason="processes that have computed are forked on Linux without a GPU")
+
 LLAMA = Architecture("causal-lm", "LlamaForCausalLM", "llama")
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[RankPool]:
+    """One process without a process group, which may fork ranks."""
+    pool = RankPool(1, has_pools=True)
+    yield pool
+    pool.close()
 
 
 def _try(architecture: Architecture, kinds: list[str]) -> list[Outcome]:
@@ -51,6 +66,64 @@ def test_every_kind_of_input_on_a_plain_decoder(pair: RankPool) -> None:
     assert [outcome.kind for outcome in outcomes] == list(KINDS)
     assert {outcome.verdict for outcome in outcomes} == {EXACT}
     assert captures == 3  # ids and labels; with position_ids; with an attention_mask
+
+
+def _try_forked(architecture: Architecture, kinds: list[str], *, is_gather_lost: bool = False) -> list[Outcome]:
+    """Four ranks that would fail to capture; with a mistake, if asked for, that all of them inherit."""
+    config = architecture.as_decoder(shrink(architecture.default_config(), 4))
+    here = os.getpid()
+
+    def capture_here(*args: Any) -> Any:
+        assert os.getpid() == here, "a rank captured"
+        return capture(*args)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("surgery.programs.programs.capture", capture_here))
+        if is_gather_lost:
+            stack.enter_context(mock.patch.object(collectives, "all_reduce_sum", lambda x, group_name: x * 1))
+        return list(try_model(architecture.make, config, 4, kinds, run=run_forked))
+
+
+@needs_fork
+def test_forked_ranks_share_a_capture(alone: RankPool) -> None:
+    (outcomes,) = alone.run(_try_forked, LLAMA, list(KINDS))
+    assert {outcome.verdict for outcome in outcomes} == {EXACT}
+    assert all(outcome.error > 0 for outcome in outcomes), "nothing was summed in another order"
+
+
+@needs_fork
+def test_forked_ranks_exchange(alone: RankPool) -> None:
+    ((outcome,),) = alone.run(_try_forked, LLAMA, ["uneven"], is_gather_lost=True)
+    assert outcome.verdict == WRONG and outcome.error > 0.1
+
+
+def _fail_on_the_last(error: Exception) -> Outcome:
+    def run(model: Any, *_: Any) -> dict[str, float]:
+        if model.surgery.axis.rank == model.surgery.axis.size - 1:
+            raise error
+        return {"loss": 0.0}
+
+    config = shrink(LLAMA.default_config())
+    with mock.patch("surgery.verify.forked.run_sharded", run):
+        (outcome,) = try_model(LLAMA.make, config, 2, ["plain"], run=run_forked)
+    return outcome
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    ("error", "verdict", "reason"),
+    [(CaptureError("no"), REFUSED, "no"), (KeyError("no"), FAILED, "RuntimeError: KeyError: 'no'")],
+)
+def test_what_a_forked_rank_raises(alone: RankPool, error: Exception, verdict: str, reason: str) -> None:
+    (outcome,) = alone.run(_fail_on_the_last, error)
+    assert (outcome.verdict, outcome.reason) == (verdict, reason)
+
+
+def test_kinds_of_a_family_pass_the_same_arguments() -> None:
+    config: Any = shrink(AutoConfig.for_model("llama"))
+    for family in families(KINDS):
+        assert len({frozenset(make_batch(kind, config)) for kind in family}) == 1
+    assert sorted(itertools.chain(*families(KINDS))) == sorted(KINDS)
 
 
 def test_a_wrong_loss_is_found_out(pair: RankPool) -> None:

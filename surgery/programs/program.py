@@ -16,6 +16,7 @@ import sympy
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from surgery.axis import Axis
 from surgery.capture.branches import Sides
 from surgery.capture.capture import Capture
 from surgery.inputs.signature import Signature
@@ -105,6 +106,16 @@ def relink(program: Program, cuts: Cuts) -> Program:
         return program
     code, function = _link(program.graph, program.context, cuts)
     return replace(program, code=code, function=function, cuts=cuts)
+
+
+def move(program: Program, axis: Axis) -> Program:
+    """The same graph for another rank: it differs in nothing but the `axis` that its nodes are called with."""
+    for node in program.graph.nodes:
+        if "axis" in node.kwargs:
+            node.kwargs = {**node.kwargs, "axis": axis}
+    context = replace(program.context, axis=axis)
+    code, function = _link(program.graph, context, program.cuts)
+    return replace(program, context=context, code=code, function=function)
 
 
 def _link(graph: fx.Graph, context: Context, cuts: Cuts) -> tuple[str, Callable[..., tuple[Any, ...]]]:

@@ -10,7 +10,8 @@ odd            a length that no number of ranks divides
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,17 @@ def make_batch(kind: str, config: PreTrainedConfig) -> Batch:
 def is_applicable(kind: str, model: nn.Module) -> bool:
     """Whether the model takes the arguments of this kind."""
     parameters = inspect.signature(model.forward).parameters
-    return NEEDS.get(kind, "input_ids") in parameters
+    return _need(kind) in parameters
+
+
+def families(kinds: Iterable[str]) -> list[list[str]]:
+    """The kinds by what they pass besides ids and labels: those of a family share what is captured."""
+    by_need = itertools.groupby(sorted(kinds, key=_need), key=_need)
+    return [list(family) for _, family in by_need]
+
+
+def _need(kind: str) -> str:
+    return NEEDS.get(kind, "input_ids")
 
 
 def _uneven(ids: Tensor, generator: torch.Generator) -> Batch:

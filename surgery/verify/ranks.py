@@ -15,8 +15,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.context import ForkContext, ForkServerContext, SpawnContext
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ TIMEOUT_S = 600
 GRACE_S = 60
 """How much longer the others have once a rank has failed."""
 END = "no more values"
+"""What a rank sends behind the last value of a stream, and is sent when its world is closed."""
 Answer = tuple[str | None, Any]
 """What a rank sends: the traceback of its failure, or none and its result."""
+ProcessContext = ForkServerContext | SpawnContext | ForkContext
 PRELOADED = ["torch", "transformers", "transformers.exporters", "surgery"]
 
 
@@ -36,18 +39,30 @@ class RanksLostError(Exception):
 
 
 class RankPool:
-    """Processes that each hold one rank of a gloo world; a single one is alone, without a process group."""
+    """Processes that each hold one rank of a gloo world; a single one is alone, without a process group.
 
-    def __init__(self, world_size: int, timeout_s: float = TIMEOUT_S) -> None:
+    `given`: the first arguments of every call, which ranks that a `context` forks find in their memory. A pool that
+    `has_pools` may start others in its processes; whoever forgets to close it waits for it at the end.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        timeout_s: float = TIMEOUT_S,
+        context: ProcessContext | None = None,
+        *,
+        given: tuple[Any, ...] = (),
+        has_pools: bool = False,
+    ) -> None:
         self.timeout_s = timeout_s
         self.is_lost = False
-        context = _context()
+        context = context or _context()
         self._directory = tempfile.TemporaryDirectory(prefix="surgery-ranks-")
         store = os.path.join(self._directory.name, "store")
         pairs = [context.Pipe() for _ in range(world_size)]
         self._pipes = [ours for ours, _ in pairs]
         self._processes = [
-            context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, world_size, store, theirs, given), daemon=not has_pools)
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self._processes:
@@ -112,6 +127,8 @@ class RankPool:
 
     def close(self) -> None:
         for pipe in self._pipes:
+            with suppress(OSError):
+                pipe.send(END)
             pipe.close()
         for process in self._processes:
             process.join(timeout=2)
@@ -132,22 +149,28 @@ def _context() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, store: str, pipe: Connection, given: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    while True:
+    while (message := _next_message(pipe)) != END:
+        function, args, kwargs = message
         try:
-            function, args, kwargs = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = function(*args, **kwargs)
+            result = function(*given, *args, **kwargs)
             if inspect.isgenerator(result):
                 for value in result:
                     pipe.send((None, value))
-                    pipe.recv()
+                    if _next_message(pipe) == END:
+                        return
                 result = END
             pipe.send((None, result))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
+
+
+def _next_message(pipe: Connection) -> Any:
+    """What the rank is to do next; the end where the process that started it is gone."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return END

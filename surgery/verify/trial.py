@@ -27,7 +27,15 @@ from transformers import PreTrainedConfig
 from surgery.api import restore, transform
 from surgery.errors import SurgeryError
 from surgery.verify.batches import Batch, is_applicable, make_batch
-from surgery.verify.comparison import TOLERANCE, float_is_double, run_sharded, run_simulated, run_whole, worst
+from surgery.verify.comparison import (
+    TOLERANCE,
+    Reference,
+    float_is_double,
+    run_sharded,
+    run_simulated,
+    run_whole,
+    worst,
+)
 from surgery.verify.staging import staged_through_host
 
 EXACT, GATHERED, REFUSED, FAILED = "exact", "gathered", "refused", "failed"
@@ -36,6 +44,8 @@ FINE = (EXACT, GATHERED)
 NOISE = 0.05
 LONGEST_REASON = 400
 MakeModel = Callable[[PreTrainedConfig], nn.Module]
+Run = Callable[[Any, Reference, Batch], dict[str, float]]
+"""Forward and backward of a transformed model on its ranks, whatever these are: the errors."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +65,27 @@ class Outcome:
 
 
 def try_model(
-    make: MakeModel, config: PreTrainedConfig, sp_size: int, kinds: Sequence[str], device: str = "cpu"
+    make: MakeModel,
+    config: PreTrainedConfig,
+    sp_size: int,
+    kinds: Sequence[str],
+    device: str = "cpu",
+    run: Run | None = None,
 ) -> Iterator[Outcome]:
-    """The outcome of each of `kinds` on this rank, as they come; every rank calls this alike.
+    """The outcome of each of `kinds`, as they come.
 
-    Where there is no process group, the ranks are simulated: one capture instead of P.
+    `run`: on which ranks. By default this process is one of them, and the others call this alike; where there is no
+    process group, they are simulated.
     """
     try:
         model = build(make, config).to(device)
     except Exception as error:
         yield from (Outcome(kind, UNRUNNABLE, explain(error)) for kind in kinds)
         return
+    if run is None:
+        run = run_sharded if dist.is_initialized() else run_simulated
     is_shared = dist.is_initialized() and device != "cpu"
-    with Twins(model, config, sp_size) as twins, staged_through_host() if is_shared else nullcontext():
+    with Twins(model, config, sp_size, run) as twins, staged_through_host() if is_shared else nullcontext():
         yield from (try_kind(twins, kind) for kind in kinds)
 
 
@@ -87,10 +105,10 @@ class Twins:
     A `twin` that is given is transformed already, and restored by who gives it.
     """
 
-    def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int, twin: Any = None) -> None:
-        self.model, self.config, self.sp_size = model, config, sp_size
-        self.error: Exception | None = None
+    def __init__(self, model: nn.Module, config: PreTrainedConfig, sp_size: int, run: Run, twin: Any = None) -> None:
+        self.model, self.config, self.sp_size, self.run = model, config, sp_size, run
         self._twin = twin
+        self._errors: dict[frozenset[str], Exception] = {}
         self._closing = ExitStack()
 
     def __enter__(self) -> Twins:
@@ -107,25 +125,32 @@ class Twins:
     def device(self) -> torch.device:
         return next(parameter.device for parameter in self.model.parameters())
 
-    def transformed(self) -> Any:
-        """The twin, without gradients; None where `transform` raised `error`."""
-        if self._twin is None and self.error is None:
-            twin = copy.deepcopy(self.model)
-            try:
-                self._twin = transform(twin, self.sp_size)
-                self._closing.callback(restore, twin)
-            except Exception as error:
-                self.error = error
-        if self._twin is not None:
-            self._twin.zero_grad()
+    def transformed(self, batch: Batch) -> Any:
+        """The twin, without gradients. Raises what `transform` did, with this `batch` or one that passes the same."""
+        if self._twin is None:
+            self._twin = self._transform(batch)
+        self._twin.zero_grad()
         return self._twin
+
+    def _transform(self, batch: Batch) -> Any:
+        passed = frozenset(batch)
+        if passed in self._errors:
+            raise self._errors[passed]
+        twin = copy.deepcopy(self.model)
+        try:
+            transform(twin, self.sp_size, example=batch)
+        except Exception as error:
+            self._errors[passed] = error
+            raise
+        self._closing.callback(restore, twin)
+        return twin
 
     @functools.cached_property
     def in_float64(self) -> Twins:
         """Copies of both: the twin's captures begin with what those in float32 found out about the model."""
-        model, twin = _in_float64(self.model), _in_float64(self.transformed())
+        model, twin = _in_float64(self.model), _in_float64(self._twin)
         self._closing.callback(restore, twin)
-        return self._closing.enter_context(Twins(model, self.config, self.sp_size, twin))
+        return self._closing.enter_context(Twins(model, self.config, self.sp_size, self.run, twin))
 
 
 def _in_float64(model: nn.Module) -> nn.Module:
@@ -157,13 +182,9 @@ def _trial(twins: Twins, kind: str) -> Outcome:
         reference = run_whole(copy.deepcopy(twins.model), batch)
     except Exception as error:
         return Outcome(kind, UNRUNNABLE, explain(error))
-    model = twins.transformed()
-    if model is None:
-        assert twins.error is not None
-        return unanswered(kind, twins.error)
-    run = run_sharded if dist.is_initialized() else run_simulated
     try:
-        own, where = worst(run(model, reference, batch))
+        model = twins.transformed(batch)
+        own, where = worst(twins.run(model, reference, batch))
     except Exception as error:
         return unanswered(kind, error)
     largest, cost = _largest_of_ranks(own), describe_cost(model, batch)

@@ -1,6 +1,6 @@
 """`surgery verify`: does sequence parallelism compute this architecture's numbers? Proven on a shrunk model, here.
 
-config  --shrink-->  tiny model  --P processes on gloo-->  whole against sharded, for each kind of input
+config  --shrink-->  tiny model  --capture, P processes on gloo-->  whole against sharded, for each kind of input
 
 kind           outcome    worst error   of
 plain          exact      2.1e-07       model.layers.1.mlp.up_proj.weight
@@ -9,7 +9,8 @@ left-padded    gathered   1.9e-07       lm_head.weight                       cum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,10 @@ from rich.text import Text
 from transformers import PreTrainedConfig
 
 from surgery.errors import ConfigurationError
-from surgery.verify.batches import KINDS
+from surgery.verify.batches import KINDS, families
 from surgery.verify.catalog import Architecture, find_architecture
+from surgery.verify.comparison import run_sharded
+from surgery.verify.forked import can_fork, run_forked
 from surgery.verify.ranks import RankPool, RanksLostError
 from surgery.verify.shrink import shrink
 from surgery.verify.trial import (
@@ -41,7 +44,6 @@ from surgery.verify.trial import (
 )
 
 FINE_CODE, REFUSED_CODE, WRONG_CODE = 0, 1, 3
-TIMEOUT_S = 300
 STYLES = {
     EXACT: "green",
     GATHERED: "yellow",
@@ -117,21 +119,32 @@ def verify(
         small = architecture.as_decoder(shrink(config, sp_size))
     except Exception as error:
         raise ConfigurationError(f"{type(config).__name__} cannot be shrunk: {explain(error)}") from error
-    outcomes = tuple(_outcomes(architecture, small, sp_size, done, device))
+    outcomes = _run_all(architecture, small, sp_size, done, device)
     depth = int(getattr(small.get_text_config(), "num_hidden_layers", 0))
     return Verification(architecture.class_name, sp_size, depth, outcomes)
 
 
-def _outcomes(
+def _run_all(
     architecture: Architecture, config: PreTrainedConfig, sp_size: int, done: Callable[[str], None], device: str
-) -> Iterator[Outcome]:
-    pool, kinds = RankPool(sp_size, TIMEOUT_S), list(KINDS)
-    waiting = list(kinds)
-    try:
-        for by_rank in pool.stream(try_model, architecture.make, config, sp_size, kinds, device):
-            yield by_rank[0]
-            done(waiting.pop(0))
-    except (RanksLostError, AssertionError) as error:
-        yield unanswered(waiting[0], error)
-    finally:
-        pool.close()
+) -> tuple[Outcome, ...]:
+    """All kinds of input: side by side, in a process for each family of them, where a process can be forked."""
+    is_forked = device == "cpu" and can_fork()
+    groups = families(KINDS) if is_forked else [list(KINDS)]
+    run = run_forked if is_forked else run_sharded
+
+    def run_family(kinds: list[str]) -> list[Outcome]:
+        pool = RankPool(1, has_pools=True) if is_forked else RankPool(sp_size)
+        outcomes: list[Outcome] = []
+        try:
+            for by_rank in pool.stream(try_model, architecture.make, config, sp_size, kinds, device, run):
+                outcomes.append(by_rank[0])
+                done(by_rank[0].kind)
+        except (RanksLostError, AssertionError) as error:
+            outcomes += [unanswered(kind, error) for kind in kinds[len(outcomes) :]]
+        finally:
+            pool.close()
+        return outcomes
+
+    with ThreadPoolExecutor(len(groups)) as threads:
+        found = {outcome.kind: outcome for outcomes in threads.map(run_family, groups) for outcome in outcomes}
+    return tuple(found[kind] for kind in KINDS)
