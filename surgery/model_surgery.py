@@ -57,10 +57,15 @@ class ModelSurgery:
         twin._programs = self._programs.copied_for(twin.model, mesh, twin._images)
         return twin
 
-    def join(self, mesh: SequenceMesh) -> None:
-        """Take the groups that were missing when the model was transformed: its programs become this rank's."""
+    def move_to_rank(self, mesh: SequenceMesh) -> None:
+        """Take the groups that were missing when the model was transformed: its programs become this rank's, in place.
+
+        For a fork, whose copy of the programs is its own.
+        """
+        assert self.mpu is None and mesh.axis.size == self.options.sp_size
+        assert self.options.seq_length_is_variable, "a fixed length is divided, by the passes, for one rank"
         self.mpu = mesh
-        self._programs.join(mesh)
+        self._programs.move_to_rank(mesh)
 
     @property
     def programs(self) -> list[Program]:

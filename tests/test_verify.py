@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig
 
 from surgery import collectives
 from surgery.capture.capture import capture
 from surgery.cli import main
 from surgery.errors import CaptureError
-from surgery.verify.batches import KINDS, families, make_batch
+from surgery.verify import ranks
+from surgery.verify.batches import KINDS, find_families, make_batch
 from surgery.verify.catalog import Architecture, find_architecture, list_architectures
 from surgery.verify.comparison import TOLERANCE
 from surgery.verify.coverage import coverage_page
@@ -97,33 +99,62 @@ def test_forked_ranks_exchange(alone: RankPool) -> None:
     assert outcome.verdict == WRONG and outcome.error > 0.1
 
 
-def _fail_on_the_last(error: Exception) -> Outcome:
-    def run(model: Any, *_: Any) -> dict[str, float]:
-        if model.surgery.axis.rank == model.surgery.axis.size - 1:
-            raise error
-        return {"loss": 0.0}
-
-    config = shrink(LLAMA.default_config())
-    with mock.patch("surgery.verify.forked.run_sharded", run):
-        (outcome,) = try_model(LLAMA.make, config, 2, ["plain"], run=run_forked)
+def _try_with(run: Callable[[int], dict[str, float]]) -> Outcome:
+    """The outcome on two forked ranks, of which each has `run(rank)` for errors."""
+    own = mock.patch("surgery.verify.forked.run_sharded", lambda model, *_: run(model.surgery.axis.rank))
+    with own, mock.patch.object(ranks, "GRACE_S", 1):
+        (outcome,) = try_model(LLAMA.make, shrink(LLAMA.default_config()), 2, ["plain"], run=run_forked)
     return outcome
+
+
+def _nan_on_the_last(rank: int) -> dict[str, float]:
+    return {"loss": float("nan") if rank else 0.0}
+
+
+def _refuse(rank: int) -> dict[str, float]:
+    raise CaptureError("no")
+
+
+def _fail_on_the_last(rank: int) -> dict[str, float]:
+    if rank:
+        raise KeyError("no such key")
+    dist.barrier()
+    return {}
+
+
+def _die_on_the_last(rank: int) -> dict[str, float]:
+    if rank:
+        os._exit(1)
+    dist.barrier()
+    return {}
 
 
 @needs_fork
 @pytest.mark.parametrize(
-    ("error", "verdict", "reason"),
-    [(CaptureError("no"), REFUSED, "no"), (KeyError("no"), FAILED, "RuntimeError: KeyError: 'no'")],
+    ("run", "verdict", "reason"),
+    [
+        (_nan_on_the_last, WRONG, ""),
+        (_refuse, REFUSED, "no"),
+        (_fail_on_the_last, FAILED, "rank 1: KeyError: 'no such key'"),
+        (_die_on_the_last, FAILED, "RanksLostError: rank 1 died"),
+    ],
 )
-def test_what_a_forked_rank_raises(alone: RankPool, error: Exception, verdict: str, reason: str) -> None:
-    (outcome,) = alone.run(_fail_on_the_last, error)
-    assert (outcome.verdict, outcome.reason) == (verdict, reason)
+def test_one_forked_rank_decides(alone: RankPool, run: Any, verdict: str, reason: str) -> None:
+    (outcome,) = alone.run(_try_with, run)
+    assert outcome.verdict == verdict and reason in outcome.reason
+
+
+def test_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch("surgery.verify.verify.KINDS", ["uneven"]):
+        assert main(["verify", "llama", "--sp-size", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcomes"][0]["verdict"] == EXACT
 
 
 def test_kinds_of_a_family_pass_the_same_arguments() -> None:
     config: Any = shrink(AutoConfig.for_model("llama"))
-    for family in families(KINDS):
+    for family in find_families(KINDS):
         assert len({frozenset(make_batch(kind, config)) for kind in family}) == 1
-    assert sorted(itertools.chain(*families(KINDS))) == sorted(KINDS)
+    assert sorted(itertools.chain(*find_families(KINDS))) == sorted(KINDS)
 
 
 def test_a_wrong_loss_is_found_out(pair: RankPool) -> None:

@@ -108,10 +108,13 @@ def relink(program: Program, cuts: Cuts) -> Program:
     return replace(program, code=code, function=function, cuts=cuts)
 
 
-def move(program: Program, axis: Axis) -> Program:
-    """The same graph for another rank: it differs in nothing but the `axis` that its nodes are called with."""
+def move_to_rank(program: Program, axis: Axis) -> Program:
+    """The program with its graph changed to that of another rank: nodes are called with another `axis`.
+
+    Nothing else tells one rank's graph from another's, where the length is variable.
+    """
     for node in program.graph.nodes:
-        if "axis" in node.kwargs:
+        if isinstance(node.kwargs.get("axis"), Axis):
             node.kwargs = {**node.kwargs, "axis": axis}
     context = replace(program.context, axis=axis)
     code, function = _link(program.graph, context, program.cuts)

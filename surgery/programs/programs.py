@@ -29,7 +29,7 @@ from surgery.options import Options
 from surgery.pipeline import run_pipeline
 from surgery.private import GroupName
 from surgery.programs.checkpointing import checkpointed_layers
-from surgery.programs.program import Program, build_program, move, relink
+from surgery.programs.program import Program, build_program, move_to_rank, relink
 from surgery.programs.segments import Cuts
 from surgery.programs.state import check_state, fingerprint
 from surgery.recipe import SEQUENCE_PARALLEL
@@ -68,11 +68,11 @@ class Programs:
             twin._known[is_training].add(known)
         return twin
 
-    def join(self, mesh: SequenceMesh) -> None:
-        """Make the programs of a model that was only looked at those of this rank."""
+    def move_to_rank(self, mesh: SequenceMesh) -> None:
+        """Make the programs of a model that was only looked at those of this rank, in place."""
         self.mesh = mesh
         for number, program in self.captured.items():
-            self.captured[number] = move(program, mesh.axis)
+            self.captured[number] = move_to_rank(program, mesh.axis)
 
     @property
     def axis(self) -> Axis:

@@ -41,10 +41,9 @@ def is_applicable(kind: str, model: nn.Module) -> bool:
     return _need(kind) in parameters
 
 
-def families(kinds: Iterable[str]) -> list[list[str]]:
+def find_families(kinds: Iterable[str]) -> list[list[str]]:
     """The kinds by what they pass besides ids and labels: those of a family share what is captured."""
-    by_need = itertools.groupby(sorted(kinds, key=_need), key=_need)
-    return [list(family) for _, family in by_need]
+    return [list(family) for _, family in itertools.groupby(sorted(kinds, key=_need), key=_need)]
 
 
 def _need(kind: str) -> str:

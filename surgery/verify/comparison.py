@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +48,14 @@ def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float
     return float(((found - expected).abs().max() / scale).item())
 
 
+def largest(errors: Iterable[float]) -> float:
+    """The largest of errors; NaN is infinite."""
+    return max(float("inf") if error != error else error for error in errors)
+
+
 def worst(errors: dict[str, float]) -> tuple[float, str]:
-    """The largest error and what has it; NaN counts as the largest."""
-    return max((float("inf") if error != error else error, name) for name, error in errors.items())
+    """The largest error and what has it."""
+    return max((largest([error]), name) for name, error in errors.items())
 
 
 def gradients_of(model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
@@ -127,7 +132,7 @@ def run_simulated(model: Any, reference: Reference, batch: Mapping[str, Any]) ->
     for name, expected in reference.outputs.items():
         found = [values[name] for values in by_rank]
         wholes = found if all(value.shape == expected.shape for value in found) else [_joined(found, expected)]
-        errors[name] = max(relative_error(*_at_tokens(whole, expected, batch)) for whole in wholes)
+        errors[name] = largest(relative_error(*_at_tokens(whole, expected, batch)) for whole in wholes)
     if reference.gradients:
         torch.stack([values["loss"] for values in by_rank]).mean().backward()
         errors |= _gradient_errors(gradients_of(model), reference)

@@ -1,8 +1,9 @@
 """Ranks forked from a process that has captured: one capture instead of P, and the collectives of real processes.
 
-    model, captured as rank 0 of P  --fork-->  P ranks, joined by gloo: each makes the graph its own, and runs it
+    model, captured as rank 0 of P  --fork-->  P ranks, joined by gloo: each moves the graphs to its rank, and runs them
 
-Only where a process may be forked that has computed: on Linux without a GPU. Elsewhere every rank captures.
+Only where a process that has computed may be forked: on Linux, without a GPU, whose runtime does not survive a fork,
+nor do the threads that autograd starts for it. Elsewhere every rank captures.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch
 
 from surgery.errors import SurgeryError
 from surgery.mesh import make_mesh
-from surgery.verify.comparison import Reference, run_sharded
-from surgery.verify.ranks import RankPool
+from surgery.verify.comparison import Reference, largest, run_sharded
+from surgery.verify.ranks import RankPool, RanksFailedError
 
 TIMEOUT_S = 300
+"""What ranks may take for one batch: seconds, but for a side of a branch on data, which each captures that takes it."""
 
 
 def can_fork() -> bool:
-    return sys.platform == "linux" and not torch.cuda.is_available()
+    """Whether ranks can be forked from this process after it has captured."""
+    return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
 def run_forked(model: Any, reference: Reference, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -32,21 +35,18 @@ def run_forked(model: Any, reference: Reference, batch: Mapping[str, Any]) -> di
     context = multiprocessing.get_context("fork")
     pool = RankPool(model.surgery.options.sp_size, TIMEOUT_S, context, given=(model, reference, batch))
     try:
-        by_rank = pool.run(_run_on_a_rank)
+        by_rank = pool.run(_run_on_this_rank)
+    except RanksFailedError as error:
+        if error.refusal is not None:
+            raise SurgeryError(error.refusal) from error
+        raise
     finally:
         pool.close()
-    for error in by_rank:
-        if isinstance(error, Exception):
-            raise error
-    return {name: max(errors[name] for errors in by_rank) for name in by_rank[0]}
+    return {name: largest(errors[name] for errors in by_rank) for name in by_rank[0]}
 
 
-def _run_on_a_rank(model: Any, reference: Reference, batch: Mapping[str, Any]) -> dict[str, float] | Exception:
-    """This rank's errors, or why there are none, as what an error carries may not travel between processes."""
-    try:
-        model.surgery.join(make_mesh(model.surgery.options.sp_size))
-        return run_sharded(model, reference, batch)
-    except SurgeryError as error:
-        return SurgeryError(str(error))
-    except Exception as error:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+def _run_on_this_rank(model: Any, reference: Reference, batch: Mapping[str, Any]) -> dict[str, float]:
+    mesh = make_mesh(model.surgery.options.sp_size)
+    assert mesh is not None
+    model.surgery.move_to_rank(mesh)
+    return run_sharded(model, reference, batch)

@@ -45,7 +45,14 @@ ODDITIES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "pegasus_x": {"block_size": 16},
-    "perceiver": {"max_position_embeddings": 32, "num_latents": 8},
+    "perceiver": {
+        "max_position_embeddings": 32,
+        "num_latents": 8,
+        "d_latents": 64,
+        "num_self_attends_per_block": 2,
+        "qk_channels": 64,
+        "v_channels": 64,
+    },
     "neomme": {"head_dim": 16},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,

@@ -9,6 +9,7 @@ A world of four serves both sizes: sp_size 4, and sp_size 2 as a grid of dp 2 x 
 from __future__ import annotations
 
 import inspect
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, ForkServerContext, SpawnContext
 from typing import Any
@@ -23,13 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from surgery.errors import SurgeryError
+
 TIMEOUT_S = 600
 GRACE_S = 60
 """How much longer the others have once a rank has failed."""
 END = "no more values"
 """What a rank sends behind the last value of a stream, and is sent when its world is closed."""
-Answer = tuple[str | None, Any]
-"""What a rank sends: the traceback of its failure, or none and its result."""
 ProcessContext = ForkServerContext | SpawnContext | ForkContext
 PRELOADED = ["torch", "transformers", "transformers.exporters", "surgery"]
 
@@ -38,11 +40,35 @@ class RanksLostError(Exception):
     """A rank died or hangs, so that the others wait for it."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What a rank raised: the last line, and the whole traceback."""
+
+    error: str
+    traceback: str
+    is_refusal: bool
+
+    def __str__(self) -> str:
+        return f"{self.error}\n{self.traceback}"
+
+
+Answer = tuple[Failure | None, Any]
+"""What a rank sends: its failure, or none and its result."""
+
+
+class RanksFailedError(AssertionError):
+    """Ranks raised, and all have answered. `refusal`: the message of the first that raised an error of this package."""
+
+    def __init__(self, failures: dict[int, Failure]) -> None:
+        super().__init__("\n".join(f"rank {rank}: {failure}" for rank, failure in failures.items()))
+        self.refusal = next((failure.error for failure in failures.values() if failure.is_refusal), None)
+
+
 class RankPool:
     """Processes that each hold one rank of a gloo world; a single one is alone, without a process group.
 
-    `given`: the first arguments of every call, which ranks that a `context` forks find in their memory. A pool that
-    `has_pools` may start others in its processes; whoever forgets to close it waits for it at the end.
+    `given`: the first arguments of every call, which are not pickled where the `context` is that of forks. `has_pools`:
+    the processes may start pools. They are no daemons then: the interpreter waits at its end for those not closed.
     """
 
     def __init__(
@@ -56,20 +82,23 @@ class RankPool:
     ) -> None:
         self.timeout_s = timeout_s
         self.is_lost = False
-        context = context or _context()
+        context = context if context is not None else _context()
         self._directory = tempfile.TemporaryDirectory(prefix="surgery-ranks-")
         store = os.path.join(self._directory.name, "store")
         pairs = [context.Pipe() for _ in range(world_size)]
         self._pipes = [ours for ours, _ in pairs]
+        inherited = pairs if context.get_start_method() == "fork" else []
         self._processes = [
-            context.Process(target=_serve, args=(rank, world_size, store, theirs, given), daemon=not has_pools)
+            context.Process(
+                target=_serve, args=(rank, world_size, store, theirs, given, inherited), daemon=not has_pools
+            )
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self._processes:
             process.start()
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Call `function` on every rank; raises with the first failing rank's traceback.
+        """Call `function` on every rank; raises `RanksFailedError` with the tracebacks of those that fail.
 
         Raises `RanksLostError` where a rank dies, or does not answer in time, as when it waits for one that failed: the
         world can only be closed then.
@@ -92,13 +121,14 @@ class RankPool:
 
     def _answers(self) -> list[Any]:
         answers = self._receive_all()
-        failures = [f"rank {rank}:\n{text}" for rank, (text, _) in sorted(answers.items()) if text is not None]
+        failures = {rank: failure for rank, (failure, _) in sorted(answers.items()) if failure is not None}
         if len(answers) < len(self._pipes):
             missing = [rank for rank in range(len(self._pipes)) if rank not in answers]
             self.is_lost = True
             waited = f"{GRACE_S} s of another's failure" if failures else f"{self.timeout_s:.0f} s"
-            raise RanksLostError("\n".join([f"ranks {missing} did not answer within {waited}", *failures]))
-        assert not failures, "\n".join(failures)
+            raise RanksLostError(f"ranks {missing} did not answer within {waited}\n{RanksFailedError(failures)}")
+        if failures:
+            raise RanksFailedError(failures)
         return [answers[rank][1] for rank in range(len(self._pipes))]
 
     def _receive_all(self) -> dict[int, Answer]:
@@ -113,7 +143,7 @@ class RankPool:
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 answers[waiting[pipe]] = self._receive(waiting[pipe])
-            if any(text is not None for text, _ in answers.values()):
+            if any(failure is not None for failure, _ in answers.values()):
                 deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
         return answers
 
@@ -132,8 +162,14 @@ class RankPool:
             pipe.close()
         for process in self._processes:
             process.join(timeout=2)
-            process.kill()
+        self.kill()
         self._directory.cleanup()
+
+    def kill(self) -> None:
+        """End the processes now: whoever waits for their answers is told that they died."""
+        for process in self._processes:
+            process.kill()
+            process.join()
 
 
 def _context() -> ForkServerContext | SpawnContext:
@@ -149,7 +185,18 @@ def _context() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection, given: tuple[Any, ...]) -> None:
+def _serve(
+    rank: int,
+    world_size: int,
+    store: str,
+    pipe: Connection,
+    given: tuple[Any, ...],
+    inherited: list[tuple[Connection, Connection]],
+) -> None:
+    """Run what comes through `pipe`. A pipe ends when nobody holds its other end: a fork lets go of all but its own."""
+    for end in itertools.chain(*inherited):
+        if end is not pipe:
+            end.close()
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -164,8 +211,10 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection, given: tupl
                         return
                 result = END
             pipe.send((None, result))
-        except BaseException:
-            pipe.send((traceback.format_exc(), None))
+        except BaseException as error:
+            is_refusal = isinstance(error, SurgeryError)
+            line = str(error) if is_refusal else f"{type(error).__name__}: {error}"
+            pipe.send((Failure(line, traceback.format_exc(), is_refusal), None))
 
 
 def _next_message(pipe: Connection) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.verify.catalog import Architecture, list_architectures
-from surgery.verify.ranks import RankPool, RanksLostError
+from surgery.verify.ranks import RankPool, RanksFailedError, RanksLostError
 from surgery.verify.shrink import shrink
 from surgery.verify.trial import UNRUNNABLE, Outcome, explain, try_model, unanswered
 
@@ -73,7 +73,7 @@ class Workers:
             self._open.add(pool)
         try:
             by_rank = pool.run(try_architecture, architecture, self.sp_size, self.kinds, self.device)
-        except (RanksLostError, AssertionError) as error:
+        except (RanksLostError, RanksFailedError) as error:
             self._own.pool = None
             self._open.discard(pool)
             pool.close()

@@ -135,7 +135,7 @@ class Twins:
     def _transform(self, batch: Batch) -> Any:
         passed = frozenset(batch)
         if passed in self._errors:
-            raise self._errors[passed]
+            raise self._errors[passed].with_traceback(None)
         twin = copy.deepcopy(self.model)
         try:
             transform(twin, self.sp_size, example=batch)

@@ -9,7 +9,8 @@ left-padded    gathered   1.9e-07       lm_head.weight                       cum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,10 @@ from rich.text import Text
 from transformers import PreTrainedConfig
 
 from surgery.errors import ConfigurationError
-from surgery.verify.batches import KINDS, families
+from surgery.verify.batches import KINDS, find_families
 from surgery.verify.catalog import Architecture, find_architecture
-from surgery.verify.comparison import run_sharded
 from surgery.verify.forked import can_fork, run_forked
-from surgery.verify.ranks import RankPool, RanksLostError
+from surgery.verify.ranks import RankPool, RanksFailedError, RanksLostError
 from surgery.verify.shrink import shrink
 from surgery.verify.trial import (
     EXACT,
@@ -44,6 +44,8 @@ from surgery.verify.trial import (
 )
 
 FINE_CODE, REFUSED_CODE, WRONG_CODE = 0, 1, 3
+TIMEOUT_S = 300
+FAMILY_TIMEOUT_S = 3 * TIMEOUT_S  # one kind may wait for forked ranks twice, the second time in float64
 STYLES = {
     EXACT: "green",
     GATHERED: "yellow",
@@ -110,41 +112,63 @@ def verify(
     *,
     device: str = "cpu",
 ) -> Verification:
-    """Shrink `config` and try every kind of input on `sp_size` ranks; `done` is called with each kind when it is.
+    """Shrink `config` and try every kind of input on `sp_size` ranks.
 
-    The ranks share a `device` that is not the CPU.
+    `done` is called with each kind when it is, from several threads and in any order. The ranks share a `device` that
+    is not the CPU.
     """
     architecture = find_architecture(config)
     try:
         small = architecture.as_decoder(shrink(config, sp_size))
     except Exception as error:
         raise ConfigurationError(f"{type(config).__name__} cannot be shrunk: {explain(error)}") from error
-    outcomes = _run_all(architecture, small, sp_size, done, device)
+    outcomes = _Trials(architecture, small, sp_size, device, done).run(KINDS)
     depth = int(getattr(small.get_text_config(), "num_hidden_layers", 0))
     return Verification(architecture.class_name, sp_size, depth, outcomes)
 
 
-def _run_all(
-    architecture: Architecture, config: PreTrainedConfig, sp_size: int, done: Callable[[str], None], device: str
-) -> tuple[Outcome, ...]:
-    """All kinds of input: side by side, in a process for each family of them, where a process can be forked."""
-    is_forked = device == "cpu" and can_fork()
-    groups = families(KINDS) if is_forked else [list(KINDS)]
-    run = run_forked if is_forked else run_sharded
+class _Trials:
+    """All kinds of input for one tiny model: families of them side by side, where ranks can be forked."""
 
-    def run_family(kinds: list[str]) -> list[Outcome]:
-        pool = RankPool(1, has_pools=True) if is_forked else RankPool(sp_size)
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: PreTrainedConfig,
+        sp_size: int,
+        device: str,
+        done: Callable[[str], None],
+    ) -> None:
+        self.architecture, self.config, self.sp_size, self.device = architecture, config, sp_size, device
+        self.done = done
+        self.is_forked = device == "cpu" and sp_size > 1 and can_fork()
+        self._open: set[RankPool] = set()
+
+    def run(self, kinds: Iterable[str]) -> tuple[Outcome, ...]:
+        kinds = list(kinds)
+        families = find_families(kinds) if self.is_forked else [kinds]
+        with ThreadPoolExecutor(min(len(families), os.cpu_count() or 1)) as threads:
+            try:
+                found = {each.kind: each for outcomes in threads.map(self._run_family, families) for each in outcomes}
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                for pool in list(self._open):
+                    pool.kill()
+                raise
+        return tuple(found[kind] for kind in kinds)
+
+    def _run_family(self, kinds: list[str]) -> list[Outcome]:
+        pool = RankPool(1, FAMILY_TIMEOUT_S, has_pools=True) if self.is_forked else RankPool(self.sp_size, TIMEOUT_S)
+        self._open.add(pool)
+        run = run_forked if self.is_forked else None
         outcomes: list[Outcome] = []
         try:
-            for by_rank in pool.stream(try_model, architecture.make, config, sp_size, kinds, device, run):
+            arguments = (self.architecture.make, self.config, self.sp_size, kinds, self.device, run)
+            for by_rank in pool.stream(try_model, *arguments):
                 outcomes.append(by_rank[0])
-                done(by_rank[0].kind)
-        except (RanksLostError, AssertionError) as error:
+                self.done(by_rank[0].kind)
+        except (RanksLostError, RanksFailedError) as error:
             outcomes += [unanswered(kind, error) for kind in kinds[len(outcomes) :]]
         finally:
+            self._open.discard(pool)
             pool.close()
         return outcomes
-
-    with ThreadPoolExecutor(len(groups)) as threads:
-        found = {outcome.kind: outcome for outcomes in threads.map(run_family, groups) for outcome in outcomes}
-    return tuple(found[kind] for kind in KINDS)
