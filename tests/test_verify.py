@@ -169,9 +169,16 @@ def _try_with_no_tolerance(architecture: Architecture, kinds: list[str]) -> list
         return _try(architecture, kinds)
 
 
-def test_rounding_is_told_from_errors(pair: RankPool) -> None:
-    mixtral = Architecture("causal-lm", "MixtralForCausalLM", "mixtral")
-    (outcome,) = pair.run(_try_with_no_tolerance, mixtral, ["uneven"])[0]
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        Architecture("causal-lm", "MixtralForCausalLM", "mixtral"),
+        Architecture("causal-lm", "DiffLlamaForCausalLM", "diffllama"),  # asks for sums in float32
+    ],
+    ids=lambda architecture: architecture.model_type,
+)
+def test_rounding_is_told_from_errors(pair: RankPool, architecture: Architecture) -> None:
+    (outcome,) = pair.run(_try_with_no_tolerance, architecture, ["uneven"])[0]
     assert outcome.verdict == EXACT and "float32 rounding" in outcome.reason
     assert outcome.error is not None and outcome.error < TOLERANCE[torch.float64]
 

@@ -31,6 +31,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # both models. Gradients are therefore measured against at least this share of the model's largest one.
 SMALLEST_SHARE = 1e-3
 
+KEEPING_DOUBLE = (
+    (Tensor, "to"),
+    (Tensor, "softmax"),
+    (F, "softmax"),
+    (torch, "softmax"),
+    (Tensor, "sum"),
+    (torch, "sum"),
+)
+"""What models tell to compute in float32."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -160,7 +170,7 @@ def float_is_double() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Tensor, "float", to_float))
-        for owner, name in ((Tensor, "to"), (Tensor, "softmax"), (F, "softmax"), (torch, "softmax")):
+        for owner, name in KEEPING_DOUBLE:
             stack.enter_context(mock.patch.object(owner, name, _keeping_double(getattr(owner, name))))
         stack.enter_context(mock.patch.object(Tensor, "__matmul__", _promoted_product))
         yield

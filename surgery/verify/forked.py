@@ -3,7 +3,8 @@
     model, captured as rank 0 of P  --fork-->  P ranks, joined by gloo: each moves the graphs to its rank, and runs them
 
 Only where a process that has computed may be forked: on Linux, without a GPU, whose runtime does not survive a fork,
-nor do the threads that autograd starts for it. Elsewhere every rank captures.
+nor do the threads that autograd starts for it. Elsewhere every rank captures. The transform itself knows no process
+group here: that ranks agree on its options, and which engines it takes, `tests/` shows.
 """
 
 from __future__ import annotations
