@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+
+LONGEST_LINE = 400
 
 
 class SurgeryError(Exception):
@@ -34,3 +37,9 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error in one line, with its class where it is not a refusal of this package."""
+    text = re.sub(r"\s+", " ", str(error))[:LONGEST_LINE]
+    return text if isinstance(error, SurgeryError) else f"{type(error).__name__}: {text}"

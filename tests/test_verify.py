@@ -37,6 +37,7 @@ from tests.proof import assert_exact, prove
 needs_fork = pytest.mark.skipif(not can_fork(), reason="processes that have computed are forked on Linux without a GPU")
 
 LLAMA = Architecture("causal-lm", "LlamaForCausalLM", "llama")
+MISTRAL = Architecture("causal-lm", "MistralForCausalLM", "mistral")  # grouped key heads
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,9 @@ def _try_forked(architecture: Architecture, kinds: list[str], *, is_gather_lost:
 
 
 @needs_fork
-def test_forked_ranks_share_a_capture(alone: RankPool) -> None:
-    (outcomes,) = alone.run(_try_forked, LLAMA, list(KINDS))
+@pytest.mark.parametrize("architecture", [LLAMA, MISTRAL], ids=lambda architecture: architecture.model_type)
+def test_forked_ranks_share_a_capture(alone: RankPool, architecture: Architecture) -> None:
+    (outcomes,) = alone.run(_try_forked, architecture, list(KINDS))
     assert {outcome.verdict for outcome in outcomes} == {EXACT}
     assert all(outcome.error > 0 for outcome in outcomes), "nothing was summed in another order"
 

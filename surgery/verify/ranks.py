@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, in_one_line
 
 TIMEOUT_S = 600
 GRACE_S = 60
@@ -42,7 +42,7 @@ class RanksLostError(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank raised: the last line, and the whole traceback."""
+    """What a rank raised: the error in one line, and the whole traceback."""
 
     error: str
     traceback: str
@@ -212,9 +212,8 @@ def _serve(
                 result = END
             pipe.send((None, result))
         except BaseException as error:
-            is_refusal = isinstance(error, SurgeryError)
-            line = str(error) if is_refusal else f"{type(error).__name__}: {error}"
-            pipe.send((Failure(line, traceback.format_exc(), is_refusal), None))
+            failure = Failure(in_one_line(error), traceback.format_exc(), isinstance(error, SurgeryError))
+            pipe.send((failure, None))
 
 
 def _next_message(pipe: Connection) -> Any:

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.errors import in_one_line
 from surgery.verify.catalog import Architecture, list_architectures
 from surgery.verify.ranks import RankPool, RanksFailedError, RanksLostError
 from surgery.verify.shrink import shrink
-from surgery.verify.trial import UNRUNNABLE, Outcome, explain, try_model, unanswered
+from surgery.verify.trial import UNRUNNABLE, Outcome, try_model, unanswered
 
 TIMEOUT_S = 480
 
@@ -54,7 +55,7 @@ def try_architecture(architecture: Architecture, sp_size: int, kinds: list[str],
     try:
         config = architecture.as_decoder(shrink(architecture.default_config(), sp_size))
     except Exception as error:
-        return [Outcome(kind, UNRUNNABLE, f"no configuration: {explain(error)}").to_dict() for kind in kinds]
+        return [Outcome(kind, UNRUNNABLE, f"no configuration: {in_one_line(error)}").to_dict() for kind in kinds]
     return [outcome.to_dict() for outcome in try_model(architecture.make, config, sp_size, kinds, device)]
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -25,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from surgery.api import restore, transform
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, in_one_line
 from surgery.verify.batches import Batch, is_applicable, make_batch
 from surgery.verify.comparison import (
     TOLERANCE,
@@ -42,7 +41,6 @@ EXACT, GATHERED, REFUSED, FAILED = "exact", "gathered", "refused", "failed"
 UNRUNNABLE, WRONG = "unrunnable", "wrong"
 FINE = (EXACT, GATHERED)
 NOISE = 0.05
-LONGEST_REASON = 400
 MakeModel = Callable[[PreTrainedConfig], nn.Module]
 Run = Callable[[Any, Reference, Batch], dict[str, float]]
 """Forward and backward of a transformed model on its ranks, whatever these are: the errors."""
@@ -80,7 +78,7 @@ def try_model(
     try:
         model = build(make, config).to(device)
     except Exception as error:
-        yield from (Outcome(kind, UNRUNNABLE, explain(error)) for kind in kinds)
+        yield from (Outcome(kind, UNRUNNABLE, in_one_line(error)) for kind in kinds)
         return
     if run is None:
         run = run_sharded if dist.is_initialized() else run_simulated
@@ -181,7 +179,7 @@ def _trial(twins: Twins, kind: str) -> Outcome:
     try:
         reference = run_whole(copy.deepcopy(twins.model), batch)
     except Exception as error:
-        return Outcome(kind, UNRUNNABLE, explain(error))
+        return Outcome(kind, UNRUNNABLE, in_one_line(error))
     try:
         model = twins.transformed(batch)
         own, where = worst(twins.run(model, reference, batch))
@@ -194,7 +192,7 @@ def _trial(twins: Twins, kind: str) -> Outcome:
 
 def unanswered(kind: str, error: BaseException) -> Outcome:
     """The outcome where sharding raised `error`: refused by us, or failed."""
-    return Outcome(kind, REFUSED if isinstance(error, SurgeryError) else FAILED, explain(error))
+    return Outcome(kind, REFUSED if isinstance(error, SurgeryError) else FAILED, in_one_line(error))
 
 
 def _largest_of_ranks(error: float) -> float:
@@ -213,9 +211,3 @@ def describe_cost(model: Any, batch: Batch) -> str:
         name = row["first"]["operation"]
         counts[name] = counts.get(name, 0) + row["count"]
     return ", ".join(f"{name} x {count}" if count > 1 else name for name, count in sorted(counts.items()))
-
-
-def explain(error: BaseException) -> str:
-    """An error in one line, with its class where it is not a refusal of ours."""
-    text = re.sub(r"\s+", " ", str(error))[:LONGEST_REASON]
-    return text if isinstance(error, SurgeryError) else f"{type(error).__name__}: {text}"

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from surgery.errors import ConfigurationError
+from surgery.errors import ConfigurationError, in_one_line
 from surgery.verify.batches import KINDS, find_families
 from surgery.verify.catalog import Architecture, find_architecture
 from surgery.verify.forked import can_fork, run_forked
@@ -38,7 +38,6 @@ from surgery.verify.trial import (
     UNRUNNABLE,
     WRONG,
     Outcome,
-    explain,
     try_model,
     unanswered,
 )
@@ -121,7 +120,7 @@ def verify(
     try:
         small = architecture.as_decoder(shrink(config, sp_size))
     except Exception as error:
-        raise ConfigurationError(f"{type(config).__name__} cannot be shrunk: {explain(error)}") from error
+        raise ConfigurationError(f"{type(config).__name__} cannot be shrunk: {in_one_line(error)}") from error
     outcomes = _Trials(architecture, small, sp_size, device, done).run(KINDS)
     depth = int(getattr(small.get_text_config(), "num_hidden_layers", 0))
     return Verification(architecture.class_name, sp_size, depth, outcomes)
